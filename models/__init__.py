@@ -1,0 +1,33 @@
+"""Every network the scripts can train, by name, and `Subspace`, which restricts one to a plane."""
+
+import torchvision
+from torch import nn
+
+from models import resnet_cifar
+from models.subspace import Subspace
+
+__all__ = ["ARCHITECTURES", "Subspace", "build"]
+
+# Two of torchvision's networks return a tuple of auxiliary outputs in training unless told not to.
+NO_AUXILIARY = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+OWN = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110, 1202)}
+ARCHITECTURES = (*OWN, *torchvision.models.list_models(module=torchvision.models))
+
+
+def build(arch: str, num_classes: int, **kwargs) -> nn.Module:
+    """The network called `arch`, freshly initialised from torch's global random state.
+
+    `kwargs` go to the network's constructor. Raises ValueError for a name not in ARCHITECTURES.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"no network is called {arch!r}; models.ARCHITECTURES lists those there are"
+        )
+    if arch in OWN:
+        return resnet_cifar.ResNet(OWN[arch], num_classes, **kwargs)
+    kwargs = NO_AUXILIARY.get(arch, {}) | kwargs
+    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **kwargs)

@@ -1,0 +1,68 @@
+"""A network restricted to a plane in its parameter space (Li et al., TPAMI 2022)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+
+class Subspace(nn.Module):
+    """A network with parameters θ(z) = θ_0 + Pᵀ z, of which only the k coordinates z are trained.
+
+    θ_0 is what `model` holds when the subspace is made, and P is `basis`, (k, n), with the n
+    parameters in `named_parameters` order. Autograd gives ∂L/∂z = P ∂L/∂θ, so every optimizer
+    of torch.optim trains z. The model's parameters are frozen; its buffers (BatchNorm statistics)
+    stay in the model, and forwards in training mode update them.
+
+    Attributes: `coordinates` (k,) is z, the one trainable parameter; `origin` (n,) is θ_0, frozen
+    (with `requires_grad_` it gathers the full gradient ∂L/∂θ); `basis` (k, n) is no buffer,
+    since DistributedDataParallel sends the buffers out at every step.
+
+    Raises ValueError where the basis does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, basis: torch.Tensor) -> None:
+        super().__init__()
+        parameters = dict(model.named_parameters())
+        self._names = list(parameters)
+        self._shapes = [parameter.shape for parameter in parameters.values()]
+        self._sizes = [parameter.numel() for parameter in parameters.values()]
+        if basis.dim() != 2 or basis.shape[1] != sum(self._sizes):
+            raise ValueError(
+                f"the basis is {tuple(basis.shape)}, not (k, n) with n = {sum(self._sizes)}"
+            )
+        origin = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+        self.model = model.requires_grad_(False)
+        self.origin = nn.Parameter(origin, requires_grad=False)
+        self.basis = basis.to(origin)
+        self.coordinates = nn.Parameter(origin.new_zeros(len(basis)))
+
+    def vector(self) -> torch.Tensor:
+        """θ(z), (n,), differentiable in z."""
+        # Autocast would make this product bfloat16 and with it round θ to eight bits.
+        with torch.autocast(self.origin.device.type, enabled=False):
+            return self.origin + self.coordinates @ self.basis
+
+    def _named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        # One split, not a slice a parameter: its backward is one concatenation.
+        parts = zip(self._names, vector.split(self._sizes), self._shapes, strict=True)
+        return {name: part.view(shape) for name, part, shape in parts}
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The network's output at θ(z)."""
+        return functional_call(self.model, self._named(self.vector()), inputs)
+
+    @torch.no_grad()
+    def export(self) -> dict[str, torch.Tensor]:
+        """The state dict of the plain model at θ(z), a copy."""
+        state = self.model.state_dict() | self._named(self.vector())
+        return {name: value.detach().clone() for name, value in state.items()}
+
+    def _apply(
+        self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> nn.Module:
+        # What .to(device), .double() and the like call: P has to go along though it is no buffer.
+        super()._apply(function, recurse)
+        self.basis = function(self.basis)
+        return self

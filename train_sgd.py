@@ -1,0 +1,69 @@
+"""1. Ordinary training that keeps the parameters of every epoch: the trajectory.
+
+    python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save
+
+writes save/0.pt (the initialisation), save/1.pt, … (after each epoch).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import models
+import utils
+
+LEARNING_RATES = {"sgd": 0.1, "adam": 0.001}
+# Epochs after which the step size drops to a tenth.
+MILESTONES = {"CIFAR100": [150], "ImageNet": list(range(30, 1000, 30))}
+USUAL_MILESTONES = [100, 150]
+
+
+def options() -> utils.Parser:
+    """The command line."""
+    about = __doc__.splitlines()[0]
+    parser = utils.parser(about, models.ARCHITECTURES, "resnet20", epochs=200, weight_decay=1e-4)
+    rates = "step size (default: 0.1, with adam 0.001)"
+    usual = "100 150, on CIFAR100 150, on ImageNet every 30"
+    utils.add_schedule_options(parser, None, rates, None, usual)
+    parser.add("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="what trains")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Train and sample into --save-dir; returns the last metrics row."""
+    args = utils.parse(options(), argv)
+    if args.lr is None:
+        args.lr = LEARNING_RATES[args.optimizer]
+    if args.milestones is None:
+        args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
+    if args.evaluate:
+        return utils.evaluate_only(args, models.build, args.save_dir)
+    data = utils.load_data(args)
+    model = utils.make_model(args, models.build, data)
+
+    decay = {"weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, **decay)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, **decay)
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
+        optimizer.zero_grad()
+        loss, output = utils.cross_entropy(model, images, labels, args.half)
+        loss.backward()
+        optimizer.step()
+        return loss, output, {}
+
+    def sample(epoch: int) -> None:
+        utils.save(args.save_dir / f"{epoch}.pt", model.state_dict())
+
+    state = {"model": model, "optimizer": optimizer}
+    run = utils.start_run(args, args.save_dir, data, model, state)
+    if not run.rows:
+        sample(args.start_epoch)
+    return utils.fit(run, step, model.state_dict, sample)
+
+
+if __name__ == "__main__":
+    main()

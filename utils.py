@@ -1,0 +1,935 @@
+"""What the scripts share: options, data, parameter vectors, PCA, a run's files, the epoch loop."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2 as transforms
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------ command line
+
+
+def refuse(message: str) -> NoReturn:
+    """End the program: one line on stderr that says what is wrong, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def refusing(what: str = "", kinds: Any = (ValueError, OSError)) -> Iterator[None]:
+    """Turn what a function here raises about its arguments or files into a refusal."""
+    try:
+        yield
+    except kinds as error:
+        refuse(f"{what}: {error}" if what else str(error))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults, and refuses in one line."""
+
+    def add(self, *flags: str, help: str, default: Any = None, **settings: Any) -> None:
+        """`add_argument`, with the default told in the help."""
+        if default is not None:
+            help += " (default: %(default)s)"
+            settings["default"] = default
+        self.add_argument(*flags, help=help, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse without the usage, which is a screenful here."""
+        refuse(f"{message} (--help lists the options)")
+
+
+def checked(kind: type, allowed: str, test: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: a `kind` that passes `test`; `allowed` says in words what passes."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if test(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+
+    return parse
+
+
+count = checked(int, "a whole number from 1", lambda value: value >= 1)
+index = checked(int, "a whole number from 0", lambda value: value >= 0)
+fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+share = checked(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
+amount = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
+
+
+def components(text: str) -> int | float:
+    """An argparse type: how many components, or the fraction of variance they are to explain."""
+    allowed = "a whole number from 1, or a fraction of the variance between 0 and 1"
+    kind, test = (int, lambda k: k >= 1) if text.isdecimal() else (float, lambda f: 0 < f < 1)
+    return checked(kind, allowed, test)(text)
+
+
+def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of `names`; a near miss is answered with the nearest."""
+
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        near = difflib.get_close_matches(text, names, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"there is no {what} {text!r}; {hint}")
+
+    return parse
+
+
+# One option a row reads as the table it is.
+# fmt: off
+def parser(
+    description: str, architectures: Sequence[str], arch: str, epochs: int, weight_decay: float
+) -> Parser:
+    """The options that the three scripts have in common, with a script's own defaults."""
+    options = Parser(description=description, allow_abbrev=False)
+    add = options.add
+    add("-a", "--arch", type=one_of("network", architectures), metavar="NAME", default=arch,
+        help="a CIFAR ResNet (resnet8, 20, 32, 44, 56, 110, 1202) or a torchvision classifier")
+    add("--datasets", type=one_of("dataset", list(DATASETS)), metavar="NAME", default="CIFAR10",
+        help=", ".join(DATASETS))
+    add("--data-dir", type=Path, metavar="DIR", default=Path("../data"),
+        help="where the dataset is, or is downloaded to")
+    add("--image-size", type=count, metavar="PIXELS",
+        help="side of the images of ImageFolder and ImageNet (default: 32 and 224)")
+    add("-j", "--workers", type=index, metavar="N", default=4,
+        help="threads or processes that decode image files")
+    add("--epochs", type=count, metavar="N", default=epochs, help="number of the last epoch")
+    add("--start-epoch", type=index, metavar="N", default=0,
+        help="epochs taken as done at the start; --resume knows by itself")
+    add("-b", "--batch-size", type=count, metavar="N", default=128, help="images a batch")
+    add("--weight-decay", "--wd", type=amount, metavar="W", default=weight_decay,
+        help="L2 penalty: W / 2 times the squared norm of all parameters")
+    add("-p", "--print-freq", type=count, metavar="N", default=50,
+        help="on a terminal, show the loss every N batches")
+    add("--resume", nargs="?", const=True, metavar="PATH",
+        help="go on from this checkpoint (without PATH: the run's own, if there is one)")
+    add("--overwrite", action="store_true", help="replace an earlier run in the same directory")
+    add("-e", "--evaluate", action="store_true",
+        help="only test, the weights of --pretrained or --resume, else the run's own model.th")
+    add("--pretrained", nargs="?", const=True, metavar="PATH",
+        help="start from these weights (without PATH: torchvision's, where it has them)")
+    add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto is cuda where there is one, else cpu")
+    add("--save-dir", type=Path, metavar="DIR", default=Path("save_temp"),
+        help="directory of the trajectory, and of the runs in its subspaces")
+    add("--save-every", type=count, metavar="N", default=10,
+        help="write checkpoint.pt and model.th every N epochs, and at the end")
+    add("--randomseed", type=index, metavar="N", default=1,
+        help="seed of initialisation, label corruption, data order and augmentation")
+    add("--corrupt", type=fraction, metavar="C", default=0.0,
+        help="fraction of the training labels drawn anew, uniformly over all classes")
+    add("--smalldatasets", type=share, metavar="P",
+        help="train on a random fraction P of the training images")
+    return options
+
+
+def add_schedule_options(
+    options: Parser, lr: float | None, lr_help: str, milestones: list[int] | None, usual: str
+) -> None:
+    """Add what plain SGD needs, whatever it moves: step size, momentum, schedule."""
+    options.add("--lr", "--learning-rate", type=amount, metavar="LR", default=lr, help=lr_help)
+    options.add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum")
+    options.add_argument("--milestones", type=index, nargs="*", metavar="N", default=milestones,
+        help=f"after N epochs the step size drops to a tenth (default: {usual})")
+
+
+def add_subspace_options(options: Parser) -> None:
+    """Add what says which samples span the subspace, and how many directions of them to keep."""
+    add = options.add
+    add("--n_components", "--n-components", type=components, metavar="K", default=40,
+        help="directions to keep, or the fraction of the samples' variance to explain, as 0.99")
+    add("--params_start", "--params-start", type=index, metavar="N", default=0,
+        help="first sample, where training in the subspace starts from")
+    add("--params_end", "--params-end", type=index, metavar="N", default=51,
+        help="one past the last sample")
+    add("--params_stride", "--params-stride", type=count, metavar="N", default=1,
+        help="take every N-th sample")
+# fmt: on
+
+
+def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options given, with what they leave open (device, image size) decided."""
+    args = options.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    dataset = DATASETS[args.datasets]
+    if args.image_size not in (None, dataset.image_size) and dataset.read is not read_folder:
+        refuse(
+            f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
+        )
+    args.image_size = args.image_size or dataset.image_size
+    return args
+
+
+# -------------------------------------------------------------------------------------- data
+
+IN_MEMORY_PIXELS = 64  # image files up to this side are decoded once and kept, above streamed
+TEST_BATCH = 500
+
+
+class Split(NamedTuple):
+    """The training or the test half of a dataset as it was read."""
+
+    images: Any  # uint8 (N, 3, side, side), or an array of N paths
+    labels: Tensor
+    classes: list[str]
+
+
+class Dataset(NamedTuple):
+    """One row of DATASETS; mean and std are of pixels scaled to [0, 1]."""
+
+    read: Callable[[argparse.Namespace, bool], Split]
+    mean: Sequence[float]
+    std: Sequence[float]
+    image_size: int
+    padding: int = 4  # zeros around the raw image, before a random crop to its size
+    flip: bool = True
+
+
+class Data(NamedTuple):
+    """What a script trains and tests on."""
+
+    train: "Images | ImageFiles"
+    test: "Images | ImageFiles"
+    num_classes: int
+    corrupted: int  # training labels drawn anew
+
+
+def random_stream(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
+    """Random numbers that depend on (seed, purpose, number) only, the same on every device."""
+    # Purposes count from 1: numpy takes [seed] and [seed, 0] for the same seed.
+    purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4}
+    return np.random.default_rng([seed, purposes[purpose], number])
+
+
+def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
+    """A copy of `labels` (N,) in which ⌊fraction · N⌋ are drawn anew, uniformly over all classes.
+
+    Which ones, and what they become, depends on `seed` alone; by chance some keep their label.
+    """
+    random = random_stream(seed, "corrupt")
+    drawn = random.permutation(len(labels))[: int(fraction * len(labels))]
+    new = random.integers(num_classes, size=len(drawn))
+    corrupted = labels.clone()
+    corrupted[drawn] = torch.from_numpy(new).to(labels)
+    return corrupted
+
+
+def crop_and_flip(
+    padded: Tensor, which: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: int
+) -> Tensor:
+    """Cut padded[which[i]] to size × size at (top[i], left[i]), and mirror it where flip[i].
+
+    `padded` is (N, C, H, W), the other tensors (B,); the result is (B, C, size, size). One index
+    into a view of all windows: a batch costs one gather, wherever each of its images is cut.
+    """
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+    crops = windows[which, :, top, left]
+    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
+
+
+class Images:
+    """Labelled images on the device, in batches: in order, or with a seed shuffled and augmented.
+
+    Order and augmentation of an epoch are a function of (seed, epoch), the same on every device.
+    """
+
+    def __init__(
+        self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None
+    ) -> None:
+        self.size = split.images.shape[-1]
+        self.padding = dataset.padding if seed is not None else 0
+        self.flip = dataset.flip
+        self.images = F.pad(split.images.to(device), [self.padding] * 4)
+        self.labels = split.labels.to(device)
+        self.batch_size = batch_size
+        self.seed = seed
+        std = torch.tensor(dataset.std, device=device).view(3, 1, 1)
+        self.scale = 1 / (255 * std)
+        self.shift = -torch.tensor(dataset.mean, device=device).view(3, 1, 1) / std
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of normalised float32 images (B, 3, side, side) and labels (B,)."""
+        n = len(self)
+        which, top, left, flip = np.arange(n), *np.zeros((3, n), dtype=np.int64)
+        if self.seed is not None:
+            random = random_stream(self.seed, "epoch", number)
+            which = random.permutation(n)
+            top, left = random.integers(2 * self.padding + 1, size=(2, n))
+            flip = random.integers(2, size=n) * self.flip
+        # The epoch's one transfer to the device.
+        draws = torch.from_numpy(np.stack([which, top, left, flip])).to(self.labels.device)
+        for which, top, left, flip in draws.split(self.batch_size, dim=1):
+            images = crop_and_flip(self.images, which, top, left, flip.bool(), self.size)
+            yield (images * self.scale).add_(self.shift), self.labels[which]
+
+
+class ImageFiles:
+    """Labelled image files, decoded by worker processes when needed; otherwise like `Images`."""
+
+    def __init__(
+        self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None,
+        *, size: int, workers: int
+    ) -> None:  # fmt: skip
+        self.files, self.labels, self.batch_size = split.images, split.labels, batch_size
+        self.device, self.seed = device, seed
+        self.workers = min(workers, os.cpu_count() or 1)
+        if seed is None:
+            cut = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]  # 256 for 224
+        else:
+            cut = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        to_float = transforms.ToDtype(torch.float32, scale=True)
+        normalise = transforms.Normalize(dataset.mean, dataset.std)
+        self.transform = transforms.Compose([transforms.PILToTensor(), *cut, to_float, normalise])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        return self.transform(open_image(self.files[position])), self.labels[position]
+
+    def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of normalised float32 images (B, 3, side, side) and labels (B,)."""
+        random = random_stream(self.seed or 0, "epoch", number)
+        loader = torch.utils.data.DataLoader(
+            self,
+            self.batch_size,
+            sampler=None if self.seed is None else random.permutation(len(self)).tolist(),
+            num_workers=self.workers,
+            pin_memory=self.device == "cuda",
+            generator=torch.Generator().manual_seed(int(random.integers(2**63))),
+        )
+        for batch in loader:
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+
+
+def open_image(file: Path) -> Image.Image:
+    """The image in `file` as RGB; refuses one that cannot be read."""
+    with refusing(f"{file}: not a readable image", (OSError, SyntaxError)):
+        return Image.open(file).convert("RGB")
+
+
+def decode(split: Split, size: int, workers: int) -> Split:
+    """The split with its files read: shorter side scaled to `size`, the middle cut out."""
+    square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+    to_tensor = transforms.Compose([transforms.PILToTensor(), square])
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        images = pool.map(lambda file: to_tensor(open_image(file)), split.images)
+        bar = tqdm(images, "decoding", len(split.images), unit="image", disable=None, leave=False)
+        return split._replace(images=torch.stack(list(bar)))
+
+
+def grey_to_rgb(images: Tensor) -> Tensor:
+    """(N, H, W) as (N, 3, H, W)."""
+    return images[:, None].expand(-1, 3, -1, -1)
+
+
+def read_digits(args: argparse.Namespace, train: bool) -> Split:
+    """scikit-learn's 1,797 8 × 8 digits; the first 80 % of a fixed permutation train."""
+    from sklearn.datasets import load_digits  # half a second that the other datasets need not wait
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    order = np.split(order, [int(0.8 * len(order))])[0 if train else 1]
+    grey = torch.from_numpy(digits.images[order] * 15).to(torch.uint8)  # 0 … 16 to 0 … 240
+    labels = torch.from_numpy(digits.target[order])
+    return Split(grey_to_rgb(grey), labels, [str(name) for name in digits.target_names])
+
+
+def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
+    """CIFAR10, CIFAR100 or MNIST from --data-dir, downloaded there on first use."""
+    read = partial(getattr(torchvision.datasets, name), args.data_dir, train=train)
+    was_there = args.data_dir.exists()
+    try:
+        try:
+            dataset = read(download=False)
+        except RuntimeError:  # not there, or not whole
+            dataset = read(download=True)
+    except (
+        Exception
+    ) as error:  # whatever the cause (network, disk, archive), the ways out are these
+        if not was_there:
+            with contextlib.suppress(OSError):
+                args.data_dir.rmdir()
+        refuse(
+            f"--datasets {name}: not in --data-dir {args.data_dir}, and not downloaded ({error}); "
+            "name the directory that has it with --data-dir, or take --datasets digits"
+        )
+    images = torch.as_tensor(dataset.data)
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else grey_to_rgb(images)
+    return Split(images, torch.as_tensor(dataset.targets), dataset.classes)
+
+
+def read_folder(args: argparse.Namespace, train: bool) -> Split:
+    """--data-dir/train, or --data-dir/test or val, with one folder of images a class."""
+    folders = [args.data_dir / name for name in (["train"] if train else ["test", "val"])]
+    folder = next(filter(Path.is_dir, folders), None)
+    if folder is None:
+        refuse(f"--data-dir {args.data_dir}: has no directory {' or '.join(map(str, folders))}")
+    with refusing("--data-dir"):
+        dataset = torchvision.datasets.ImageFolder(folder)
+    files, labels = zip(*dataset.samples, strict=True)
+    return Split(np.array(files), torch.tensor(labels), dataset.classes)
+
+
+IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CIFAR100_STATISTICS = {
+    "mean": (0.50707516, 0.48654887, 0.44091784),
+    "std": (0.26733429, 0.25643846, 0.27615047),
+}
+# The digits' own, of the training images as read_digits scales them; MNIST's, as everywhere.
+DIGITS_STATISTICS = {"mean": (0.2873,) * 3, "std": (0.3540,) * 3}
+MNIST_STATISTICS = {"mean": (0.1307,) * 3, "std": (0.3081,) * 3}
+
+DATASETS = {
+    "digits": Dataset(read_digits, **DIGITS_STATISTICS, image_size=8, padding=1, flip=False),
+    "CIFAR10": Dataset(partial(read_torchvision, "CIFAR10"), **IMAGENET_STATISTICS, image_size=32),
+    "CIFAR100": Dataset(
+        partial(read_torchvision, "CIFAR100"), **CIFAR100_STATISTICS, image_size=32
+    ),
+    "MNIST": Dataset(
+        partial(read_torchvision, "MNIST"), **MNIST_STATISTICS, image_size=28, padding=0, flip=False
+    ),
+    "ImageFolder": Dataset(read_folder, **IMAGENET_STATISTICS, image_size=32),
+    "ImageNet": Dataset(read_folder, **IMAGENET_STATISTICS, image_size=224),
+}
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The data the options name, less what --smalldatasets drops, with --corrupt of the labels."""
+    dataset = DATASETS[args.datasets]
+    train, test = dataset.read(args, True), dataset.read(args, False)
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        refuse(f"--data-dir {args.data_dir}: in training or test only: {', '.join(odd[:5])}")
+    num_classes = len(train.classes)
+    if args.smalldatasets:
+        kept = random_stream(args.randomseed, "subset").permutation(len(train.labels))
+        kept = kept[: int(args.smalldatasets * len(kept))]
+        if not len(kept):
+            refuse(
+                f"--smalldatasets {args.smalldatasets}: keeps none of {len(train.labels)} images"
+            )
+        train = train._replace(images=train.images[kept], labels=train.labels[kept])
+    labels = corrupt_labels(train.labels, args.corrupt, num_classes, args.randomseed)
+    train = train._replace(labels=labels)
+
+    make: Callable = Images
+    if dataset.read is read_folder:
+        if args.image_size <= IN_MEMORY_PIXELS:
+            train, test = (decode(split, args.image_size, args.workers) for split in (train, test))
+        else:
+            make = partial(ImageFiles, size=args.image_size, workers=args.workers)
+    batch_size = args.batch_size * getattr(args, "accumulate", 1)
+    return Data(
+        make(train, dataset, batch_size, args.device, args.randomseed),
+        make(test, dataset, TEST_BATCH, args.device),
+        num_classes,
+        int(args.corrupt * len(labels)),
+    )
+
+
+# ------------------------------------------------------------------ parameters as one vector
+
+
+def flatten(model: nn.Module) -> Tensor:
+    """The parameters of `model` as one vector (n,), a copy, in `named_parameters` order."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """The vector (n,) cut into tensors named and shaped like the parameters of `model`, copies.
+
+    Raises ValueError where the vector is not as long as the model has parameters.
+    """
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    sizes = [parameter.numel() for parameter in parameters]
+    if vector.shape != (sum(sizes),):
+        raise ValueError(f"a vector {tuple(vector.shape)} for {sum(sizes)} parameters")
+    parts = zip(names, vector.split(sizes), parameters, strict=True)
+    return {name: part.reshape(parameter.shape).clone() for name, part, parameter in parts}
+
+
+# ------------------------------------------------------------------------ trajectory and PCA
+
+COLUMNS = 2**18  # parameters of all samples that PCA holds in float64 at a time
+BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def load_samples(
+    save_dir: str | Path, start: int, end: int, stride: int = 1
+) -> list[dict[str, Tensor]]:
+    """The state dicts start.pt, … below end, mapped into memory: read only where touched.
+
+    Raises FileNotFoundError that says which are missing and which are there, and ValueError for a
+    file that is not whole.
+    """
+    save_dir = Path(save_dir)
+    files = [save_dir / f"{number}.pt" for number in range(start, end, stride)]
+    missing = [int(file.stem) for file in files if not file.is_file()]
+    if missing:
+        there = sorted(int(f.stem) for f in save_dir.glob("*.pt") if f.stem.isdecimal())
+        there = f"there are {shorten(there)}" if there else "there are none"
+        raise FileNotFoundError(f"{save_dir} lacks the samples {shorten(missing)}; {there}")
+    return [state_dict_in(file) for file in files]
+
+
+def shorten(numbers: Sequence[int]) -> str:
+    """A few numbers as they are, more by their ends."""
+    return ", ".join(map(str, [*numbers[:2], "…", numbers[-1]] if len(numbers) > 3 else numbers))
+
+
+def column_blocks(
+    samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: Any
+) -> Iterator[tuple[slice, Tensor]]:
+    """The samples about their mean, T rows and ≤ COLUMNS columns at a time; and which columns."""
+    column = 0
+    for name in names:
+        rows = [sample[name].reshape(-1) for sample in samples]
+        for parts in zip(*(row.split(COLUMNS) for row in rows), strict=True):
+            block = torch.stack(parts).to(device, torch.float64)
+            yield slice(column, column + block.shape[1]), block - block.mean(0)
+            column += block.shape[1]
+
+
+def orthonormalise(basis: Tensor) -> None:
+    """Gram–Schmidt in place on rows (k, n) that are nearly orthonormal, from the first one on."""
+    blocks = basis.split(COLUMNS, dim=1)
+    gram = sum(block.double() @ block.double().T for block in blocks)
+    factor = torch.linalg.cholesky(gram)
+    for block in blocks:
+        block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
+
+
+def pca(
+    samples: Any,
+    n_components: int | float,
+    *,
+    names: Sequence[str] | None = None,
+    device: Any = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Principal components of T samples: basis (k, n), explained_variance_ratio (k,).
+
+    `samples` is a matrix (T, n), a sequence of vectors (n,), or of state dicts, of which `names`
+    are taken (default: all but BatchNorm statistics). `n_components` is k, or a fraction of the
+    variance: as few as explain more than that. The rows of the basis are orthonormal, those of
+    largest variance first, and the entry of largest magnitude in each is positive; all this is
+    as in scikit-learn. The results have the samples' type and are on `device`.
+
+    T ≪ n, so the components come from the T × T Gram matrix. It is in float64: with one in
+    float32 the basis is not orthonormal (an error of 0.24 was measured).
+
+    Raises ValueError where k > T − 1, where the samples do not span k directions, and where they
+    are not finite.
+    """
+    if not isinstance(samples[0], Mapping):
+        samples = [{"": torch.as_tensor(sample)} for sample in samples]
+    if names is None:
+        names = [n for n in samples[0] if n.rpartition(".")[2] not in BATCHNORM_STATISTICS]
+    parameters = sum(samples[0][name].numel() for name in names)
+    most = min(len(samples) - 1, parameters)
+    if n_components > most:
+        raise ValueError(f"{n_components} of {len(samples)} samples; allowed: at most {most}")
+
+    gram = sum(block @ block.T for _, block in column_blocks(samples, names, device))
+    if not gram.isfinite().all():
+        raise ValueError("the samples hold values that are not finite")
+    variances, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
+    ratios = variances.clamp(min=0) / gram.trace()
+    k = n_components
+    if isinstance(k, float):
+        k = min(int(torch.searchsorted(ratios.cumsum(0), k, right=True)) + 1, most)
+    rank = int((variances > len(samples) * torch.finfo(gram.dtype).eps * variances[0]).sum())
+    if k > rank:
+        raise ValueError(f"{k}, but the {len(samples)} samples span only {rank} directions")
+
+    weights = vectors[:, :k] / variances[:k].sqrt()
+    basis = torch.empty(k, parameters, dtype=samples[0][names[0]].dtype, device=device)
+    for columns, block in column_blocks(samples, names, device):
+        basis[:, columns] = weights.T @ block
+    orthonormalise(basis)
+    for row in basis:
+        row *= row[row.abs().argmax()].sign()
+    return basis, ratios[:k].to(basis)
+
+
+# ------------------------------------------------------------------------- the run directory
+
+# Options that all runs on one trajectory share, and those that make the subspace of one run.
+EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
+SUBSPACE = ("n_components", "params_start", "params_end", "params_stride")
+
+
+class Run(NamedTuple):
+    """A run about to train: where it writes, on what, what a checkpoint holds, the epochs done."""
+
+    args: argparse.Namespace
+    directory: Path
+    data: Data
+    state: dict[str, Any]
+    rows: list[dict]
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Any]:
+    """A binary stream whose content takes the place of `file` once it is all written."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(file: Path, value: Any) -> None:
+    """Write `value`: text to .json and .jsonl, arrays to .npz, anything of tensors elsewhere."""
+    with replacing(file) as stream:
+        if file.suffix in (".json", ".jsonl"):
+            stream.write(value.encode())
+        elif file.suffix == ".npz":
+            np.savez(stream, **{name: array.cpu().numpy() for name, array in value.items()})
+        else:
+            torch.save(value, stream)
+
+
+def read(file: Path) -> Any:
+    """What torch.save wrote, on the CPU; only tensors and plain values are let in, no code runs.
+
+    Raises ValueError that names the file where it is missing or not whole.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file")
+    mapped = zipfile.is_zipfile(file)  # what torch < 1.6 wrote is not, and cannot be mapped
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a broken file makes torch raise any of half a dozen kinds
+        raise ValueError(f"{file}: not a whole file of tensors ({type(error).__name__})") from error
+
+
+def state_dict_in(file: Path) -> dict[str, Tensor]:
+    """The state dict in a sample, checkpoint.pt, model.th or other weights file.
+
+    DataParallel's prefix `module.` is dropped. Raises ValueError where there is none.
+    """
+    state = read(file)
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{file}: holds no state dict")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], file: Path, arch: str) -> None:
+    """Load `state`, read from `file`; ValueError names the first entry that does not fit."""
+    own = module.state_dict()
+    for name in own | dict(state):
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
+    module.load_state_dict(state)
+
+
+def load_torchvision_weights(model: nn.Module, arch: str) -> None:
+    """Load torchvision's best weights, except for a classifier of another number of classes.
+
+    Raises ValueError where torchvision has none for `arch`.
+    """
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+    fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
+    model.load_state_dict(fits, strict=False)
+    print(
+        f"pretrained: {weights}, left as initialised: {sorted(set(own) - set(fits)) or 'nothing'}"
+    )
+
+
+def make_model(
+    args: argparse.Namespace, build: Callable[[str, int], nn.Module], data: Data
+) -> nn.Module:
+    """The network of --arch on the device, initialised with the seed or from --pretrained."""
+    torch.manual_seed(args.randomseed)
+    model = build(args.arch, data.num_classes)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 3, args.image_size, args.image_size))
+    except Exception as error:  # every network fails in its own way on images too small for it
+        size = f"{args.image_size} × {args.image_size}"
+        refuse(f"--arch {args.arch}: cannot take images of {size} pixels ({error})")
+    with refusing("--pretrained"):
+        if args.pretrained is True:
+            load_torchvision_weights(model, args.arch)
+        elif args.pretrained:
+            file = Path(args.pretrained)
+            load_into(model, state_dict_in(file), file, args.arch)
+    return model.to(args.device)
+
+
+def check_same(args: argparse.Namespace, recorded: Mapping[str, Any], file: Path) -> None:
+    """Refuse where an option that has to be the same differs from what `file` recorded."""
+    for name in EXPERIMENT + SUBSPACE:
+        value = getattr(args, name, None)
+        if name in recorded and name in args and recorded[name] != value:
+            option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
+            refuse(f"{option}: {value} here, {recorded[name]} in {file}; they have to be the same")
+
+
+def load_trajectory(args: argparse.Namespace) -> list[dict[str, Tensor]]:
+    """The samples the options name, once it is clear that they are of the same experiment."""
+    config = args.save_dir / "config.json"
+    if not args.save_dir.is_dir():
+        refuse(f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it")
+    if config.exists():
+        with refusing(f"{config}: not readable", (ValueError, KeyError)):
+            check_same(args, json.loads(config.read_text())["arguments"], config)
+    else:
+        print(f"{config} is missing: not checked that the samples are of this data and seed")
+    if args.params_start >= args.params_end:
+        refuse(f"--params_end {args.params_end}: allowed: above --params_start {args.params_start}")
+    with refusing(), refusing("--params_end", FileNotFoundError):
+        return load_samples(args.save_dir, args.params_start, args.params_end, args.params_stride)
+
+
+def extract(
+    args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], model: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """PCA of the samples: basis (k, n), explained_variance_ratio (k,).
+
+    `model` is put where training in the subspace starts: at the first sample, unless --pretrained
+    named another start.
+    """
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    numbers = range(args.params_start, args.params_end, args.params_stride)
+    with refusing():
+        for number, sample in zip(numbers, samples, strict=True):
+            load_into(model, sample, args.save_dir / f"{number}.pt", args.arch)
+    model.load_state_dict(start if args.pretrained else samples[0])
+    with refusing("--n_components"):
+        names = [name for name, _ in model.named_parameters()]
+        basis, ratios = pca(samples, args.n_components, names=names, device=args.device)
+    print(
+        f"subspace: {len(basis)} directions, {ratios.sum():.2%} of the variance of "
+        f"{len(samples)} samples ({shorten(numbers)})"
+    )
+    return basis, ratios
+
+
+def restore(args: argparse.Namespace, directory: Path, state: dict[str, Any]) -> list[dict]:
+    """Load the checkpoint that --resume names into `state`; the metrics rows so far."""
+    file = directory / "checkpoint.pt" if args.resume is True else Path(args.resume or "")
+    if not args.resume or (args.resume is True and not file.exists()):
+        return []
+    with refusing("--resume"):
+        checkpoint = read(file)
+        if not isinstance(checkpoint, dict) or not {"states", "rows"} <= set(checkpoint):
+            raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
+        check_same(args, checkpoint["arguments"], file)
+        load_into(state["model"], checkpoint["states"]["model"], file, args.arch)
+        for name in state.keys() - {"model"}:
+            state[name].load_state_dict(checkpoint["states"][name])
+    print(f"{file}: {checkpoint['epoch']} epochs are done")
+    return checkpoint["rows"]
+
+
+def start_run(
+    args: argparse.Namespace, directory: Path, data: Data, model: nn.Module, state: dict[str, Any]
+) -> Run:
+    """Make the run's directory with its config.json, and say what is going to happen.
+
+    `state` is what a checkpoint has to hold: "model", the module that is trained and tested, and
+    whatever else has a state_dict; it is loaded where --resume asks for that. An earlier run is
+    refused, unless --resume or --overwrite was given; all refusals come before the first file.
+    """
+    rows = restore(args, directory, state)
+    earlier = [directory / "metrics.jsonl", directory / "model.th", *directory.glob("*.pt")]
+    if earlier[0].exists() and not args.resume:
+        if not args.overwrite:
+            refuse(f"--save-dir: {directory} holds a run; go on with --resume, or --overwrite it")
+        for file in earlier:
+            file.unlink(missing_ok=True)
+    with refusing("--save-dir"):
+        directory.mkdir(parents=True, exist_ok=True)
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    config = {
+        "command": sys.argv,
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arch": args.arch,
+        "n": sum(parameter.numel() for parameter in model.parameters()),
+        "datasets": args.datasets,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "num_classes": data.num_classes,
+        "corrupted_labels": data.corrupted,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        | {"python": platform.python_version()},
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+    }
+    save(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    print(
+        f"{directory}: {args.arch}, {config['n']:,} parameters; "
+        f"{args.datasets}, {len(data.train):,} training images ({data.corrupted:,} labels drawn anew), {len(data.test):,} test images; "
+        f"{args.device}, {config['threads']} threads"
+    )
+    return Run(args, directory, data, state, rows)
+
+
+# ---------------------------------------------------------------------------- the epoch loop
+
+
+def cross_entropy(
+    model: nn.Module, images: Tensor, labels: Tensor, half: bool
+) -> tuple[Tensor, Tensor]:
+    """The batch's mean loss and the network's output; `half` runs the network in bfloat16."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        output = model(images)
+    # Losses that a line search compares: in bfloat16 they err by more than the margin.
+    return F.cross_entropy(output.float() if half else output, labels), output
+
+
+def penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor | float:
+    """The L2 penalty of --weight-decay on θ(z) itself, as SGD in the full space has it."""
+    return args.weight_decay / 2 * subspace.vector().square().sum() if args.weight_decay else 0.0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: "Images | ImageFiles", half: bool) -> dict[str, float]:
+    """Mean loss, and accuracy in percent, with BatchNorm's running statistics."""
+    model.eval()
+    totals: Counter = Counter()
+    for batch, labels in images.epoch():
+        loss, output = cross_entropy(model, batch, labels, half)
+        totals["loss"] += loss * len(labels)
+        totals["correct"] += (output.argmax(1) == labels).sum()
+    loss, correct = totals["loss"].item(), totals["correct"].item()
+    return {"test_loss": loss / len(images), "test_acc": 100 * correct / len(images)}
+
+
+def evaluate_only(
+    args: argparse.Namespace, build: Callable[[str, int], nn.Module], directory: Path
+) -> dict:
+    """What --evaluate does: test the weights of --pretrained or --resume, or the run's own."""
+    file = Path(args.resume) if isinstance(args.resume, str) else directory / "model.th"
+    data = load_data(args)
+    model = make_model(args, build, data)
+    if not args.pretrained:
+        with refusing("--evaluate"):
+            load_into(model, state_dict_in(file), file, args.arch)
+    row = evaluate(model, data.test, args.half)
+    print(f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2f} %")
+    return row
+
+
+def train_epoch(run: Run, step: Callable, epoch: int) -> dict[str, float]:
+    """An epoch of `step`: means of loss, accuracy in percent, and details; and the seconds."""
+    args, images = run.args, run.data.train
+    began = time.perf_counter()
+    run.state["model"].train()
+    # Dropout and the like draw from here: a resumed run draws what an unbroken one would.
+    torch.manual_seed(int(random_stream(args.randomseed, "network", epoch).integers(2**63)))
+    steps = math.ceil(len(images) / images.batch_size)
+    name = f"epoch {epoch + 1}"
+    bar = tqdm(images.epoch(epoch), name, steps, unit="batch", disable=None, leave=False)
+    totals: Counter = Counter()  # sums on the device: nothing leaves it before the epoch's end
+    for number, (batch, labels) in enumerate(bar):
+        loss, output, details = step(batch, labels)
+        totals.update(details)
+        totals["loss"] += loss.detach() * len(labels)
+        totals["correct"] += (output.argmax(1) == labels).sum()
+        if not bar.disable and number % args.print_freq == 0:
+            bar.set_postfix(loss=f"{loss:.4f}")  # a host sync
+    sums = {name: float(total) for name, total in totals.items()}
+    row = {"train_loss": sums.pop("loss") / len(images)}
+    row["train_acc"] = 100 * sums.pop("correct") / len(images)
+    row |= {name: total / steps for name, total in sums.items()}
+    return row | {"seconds": time.perf_counter() - began}
+
+
+def fit(
+    run: Run,
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Any]]],
+    export: Callable[[], dict[str, Tensor]],
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> dict:
+    """Train with `step` to the last epoch, write the run's files; returns the last metrics row.
+
+    `step` takes a batch and returns its loss, the network's output, and other numbers to average
+    over the epoch's steps. `export` gives the plain network's state dict. `after_epoch(e)` is
+    called after epoch e, before a file says that it is done.
+    """
+    args, rows, directory = run.args, run.rows, run.directory
+    for epoch in range(rows[-1]["epoch"] if rows else args.start_epoch, args.epochs):
+        row = {"epoch": epoch + 1, "lr": None}
+        if "lr" in args:
+            row["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
+            for group in run.state["optimizer"].param_groups:
+                group["lr"] = row["lr"]
+        row |= train_epoch(run, step, epoch)
+        row |= evaluate(run.state["model"], run.data.test, args.half)
+        rows.append(row)
+        after_epoch(epoch + 1)
+        save(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            save_checkpoint(run, export())
+        print(
+            f"epoch {epoch + 1:3d}/{args.epochs}  "
+            f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
+            f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
+            f"{row['seconds']:.1f} s",
+            flush=True,
+        )
+    if not rows:
+        refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
+    best = max(rows, key=lambda row: row["test_acc"])
+    print(
+        f"{directory}: test accuracy {rows[-1]['test_acc']:.2f} % after epoch {rows[-1]['epoch']}, "
+        f"best {best['test_acc']:.2f} % after epoch {best['epoch']}"
+    )
+    return rows[-1]
+
+
+def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
+    """Write model.th, and checkpoint.pt with all that --resume needs."""
+    content = {
+        "state_dict": weights,
+        "best_prec1": max(row["test_acc"] for row in run.rows),
+        "epoch": run.rows[-1]["epoch"],
+        "arch": run.args.arch,
+    }
+    save(run.directory / "model.th", content)
+    states = {name: part.state_dict() for name, part in run.state.items()}
+    arguments = {
+        name: getattr(run.args, name) for name in EXPERIMENT + SUBSPACE if name in run.args
+    }
+    content |= {"states": states, "rows": run.rows, "arguments": arguments}
+    save(run.directory / "checkpoint.pt", content)
