@@ -5,6 +5,7 @@
 With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the plane.
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -59,14 +60,14 @@ class PBFGS(torch.optim.Optimizer):
         return rejected
 
 
-def update_inverse_hessian(B: Tensor, s: Tensor, y: Tensor) -> Tensor:  # noqa: N803
+def update_inverse_hessian(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """The BFGS update of B (k, k) by a step s (k,) that changed the gradient by y (k,).
 
     Nocedal and Wright, Numerical Optimization (2006), eq. 6.17. Where yᵀs is not above 1e-20, B
     would not stay positive definite and is returned as it is; that is decided on the device.
     """
     curvature = y @ s
-    V = torch.eye(len(s), dtype=s.dtype, device=s.device) - torch.outer(y, s) / curvature  # noqa: N806
+    V = torch.eye(len(s), dtype=s.dtype, device=s.device) - torch.outer(y, s) / curvature
     updated = V.T @ B @ V + torch.outer(s, s) / curvature
     return torch.where(curvature > 1e-20, updated, B)
 
@@ -83,6 +84,48 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, tracks in zip(layers, tracking, strict=True):
             layer.track_running_stats = tracks
+
+
+def make_step(
+    args: argparse.Namespace,
+    subspace: models.Subspace,
+    optimizer: PBFGS,
+    residual: torch.optim.Optimizer | None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict]]:
+    """The step that trains on --accumulate batches, given as one; `residual` moves the origin."""
+    z = subspace.coordinates
+
+    def losses(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch its part of the step's mean loss, and the network's output."""
+        torch.manual_seed(seed)  # all trials of a step see the same dropout
+        batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
+        for batch, batch_labels in batches:
+            loss, output = utils.cross_entropy(subspace, batch, batch_labels, args.half)
+            loss = loss + utils.penalty(args, subspace)
+            yield loss * (len(batch) / len(images)), output
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
+        subspace.zero_grad()
+        seed = int(torch.randint(2**62, ()))
+        total, outputs = 0, []
+        for loss, output in losses(images, labels, seed):
+            loss.backward()
+            total += loss.detach()
+            outputs.append(output.detach())
+
+        def evaluate() -> Tensor:
+            with frozen_statistics(subspace.model):
+                return sum(loss for loss, _ in losses(images, labels, seed))
+
+        trials = optimizer.step(evaluate, total)
+        if residual:
+            # (I − PᵀP) ∇L, the part of the gradient that the subspace has no use for.
+            subspace.origin.grad -= z.grad @ subspace.basis
+            residual.step()
+        length = optimizer.state[z]["s"].norm()
+        return total, torch.cat(outputs), {"trials": trials, "step_length": length}
+
+    return step
 
 
 def options() -> utils.Parser:
@@ -112,50 +155,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model = utils.make_model(args, models.build, data)
     basis, ratios = utils.extract(args, samples, model)
     subspace = models.Subspace(model, basis)
-    z = subspace.coordinates
-    optimizer = PBFGS([z], max_trials=30 if args.datasets == "ImageNet" else 20)
+    trials = 30 if args.datasets == "ImageNet" else 20
+    optimizer, residual = PBFGS([subspace.coordinates], max_trials=trials), None
     state = {"model": subspace, "optimizer": optimizer}
     if args.alpha:
         residual = torch.optim.SGD([subspace.origin.requires_grad_()], args.alpha, args.gamma)
         state["residual"] = residual
 
-    def losses(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch by batch the loss, as its part of the step's mean loss, and the output."""
-        torch.manual_seed(seed)  # the trials of a step see the same dropout
-        batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
-        for batch, batch_labels in batches:
-            loss, output = utils.cross_entropy(subspace, batch, batch_labels, args.half)
-            loss = loss + utils.penalty(args, subspace)
-            yield loss * (len(batch) / len(images)), output
-
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
-        optimizer.zero_grad()
-        subspace.origin.grad = None
-        seed = int(torch.randint(2**62, ()))
-        loss, outputs = 0, []
-        for part, output in losses(images, labels, seed):
-            part.backward()
-            loss += part.detach()
-            outputs.append(output.detach())
-
-        def evaluate() -> Tensor:
-            with frozen_statistics(model):
-                return sum(part for part, _ in losses(images, labels, seed))
-
-        trials = optimizer.step(evaluate, loss)
-        if args.alpha:
-            # r = (I − PᵀP) ∇L: the part of the gradient that the line search did not use.
-            subspace.origin.grad -= z.grad @ basis
-            residual.step()
-        return (
-            loss,
-            torch.cat(outputs),
-            {"trials": trials, "step_length": optimizer.state[z]["s"].norm()},
-        )
-
     run = utils.start_run(args, directory, data, model, state)
     utils.save(directory / "basis.npz", {"basis": basis, "explained_variance_ratio": ratios})
-    return utils.fit(run, step, subspace.export)
+    return utils.fit(run, make_step(args, subspace, optimizer, residual), subspace.export)
 
 
 if __name__ == "__main__":

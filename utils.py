@@ -315,19 +315,24 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        return self.transform(open_image(self.files[position])), self.labels[position]
+    def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        position, seed = draw
+        with torch.random.fork_rng(devices=[]):  # without workers the network draws here, too
+            torch.manual_seed(seed)
+            return self.transform(open_image(self.files[position])), self.labels[position]
 
     def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of normalised float32 images (B, 3, side, side) and labels (B,)."""
         random = random_stream(self.seed or 0, "epoch", number)
+        n = len(self)
+        order = np.arange(n) if self.seed is None else random.permutation(n)
+        draws = zip(order.tolist(), random.integers(2**63, size=n).tolist(), strict=True)
         loader = torch.utils.data.DataLoader(
             self,
             self.batch_size,
-            sampler=None if self.seed is None else random.permutation(len(self)).tolist(),
+            sampler=list(draws),
             num_workers=self.workers,
             pin_memory=self.device == "cuda",
-            generator=torch.Generator().manual_seed(int(random.integers(2**63))),
         )
         for batch in loader:
             yield tuple(part.to(self.device, non_blocking=True) for part in batch)
@@ -797,9 +802,9 @@ def start_run(
     }
     save(directory / "config.json", json.dumps(config, indent=2) + "\n")
     print(
-        f"{directory}: {args.arch}, {config['n']:,} parameters; "
-        f"{args.datasets}, {len(data.train):,} training images ({data.corrupted:,} labels drawn anew), {len(data.test):,} test images; "
-        f"{args.device}, {config['threads']} threads"
+        f"{directory}: {args.arch}, {config['n']:,} parameters; {args.datasets}, "
+        f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
+        f"{len(data.test):,} test images; {args.device}, {config['threads']} threads"
     )
     return Run(args, directory, data, state, rows)
 

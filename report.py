@@ -1,0 +1,76 @@
+"""3. What came of it: a table of the runs in one or more save dirs, over seeds as mean ± std.
+
+    python report.py save_labelnoise0_resnet20 save_labelnoise0_resnet20_seed2
+
+Directories of the same network, data and label noise are taken as seeds of one experiment.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import utils
+
+COLUMNS = ("experiment", "method", "k", "epochs", "in all", "final", "best", "seconds")
+
+
+def read_run(directory: Path) -> tuple[dict, list[dict]]:
+    """The arguments of a run and its metrics rows."""
+    arguments = json.loads((directory / "config.json").read_text())["arguments"]
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return arguments, [json.loads(line) for line in lines]
+
+
+def results(save_dir: Path) -> list[tuple]:
+    """(experiment, method, k, epochs, epochs in all, final, best, seconds) of each run."""
+    arguments, sgd = read_run(save_dir)
+    experiment = f"{arguments['datasets']}, {arguments['arch']}, c = {arguments['corrupt']:g}"
+
+    def row(method: str, k: int | str, rows: list[dict], sampled: list[dict]) -> tuple:
+        every = sampled + rows
+        seconds = sum(row["seconds"] for row in every)
+        best = max(row["test_acc"] for row in rows)
+        return (
+            (experiment, method, k, len(rows), len(every)), rows[-1]["test_acc"], best, seconds
+        )  # fmt: skip
+
+    table = [row("SGD", "n", sgd, [])]
+    for name, method in (("pbfgs", "P-BFGS"), ("psgd", "P-SGD")):
+        if (save_dir / name / "metrics.jsonl").exists():
+            own, rows = read_run(save_dir / name)
+            sampled = sgd[: own["params_end"] - 1]
+            table.append(row("SGD to the last sample", "n", sampled, []))
+            table.append(row(method, own["n_components"], rows, sampled))
+    return list(dict.fromkeys(table))
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation; a single value as it is."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def main(argv: Sequence[str] | None = None) -> list[list[str]]:
+    """Print the table as Markdown; returns its rows."""
+    parser = utils.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("save_dirs", nargs="+", type=Path, metavar="SAVE_DIR")
+    groups = defaultdict(list)
+    for save_dir in parser.parse_args(argv).save_dirs:
+        with utils.refusing(f"{save_dir}: no finished run", (OSError, ValueError, KeyError)):
+            for key, *numbers in results(save_dir):
+                groups[key].append(numbers)
+    rows = []
+    for (experiment, method, k, epochs, in_all), runs in groups.items():
+        final, best, seconds = zip(*runs, strict=True)
+        seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else " (1 seed)"
+        numbers = [spread(final, 2), spread(best, 2), spread(seconds, 0)]
+        rows.append([experiment + seeds, method, str(k), str(epochs), str(in_all), *numbers])
+    for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
+        print(f"| {' | '.join(row)} |")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# The chain: sample a trajectory by SGD, then train in the subspace it spans, by P-BFGS and P-SGD.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage='usage: ./run.sh [digits|cifar|test|lint]   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
+
+# Does interpreter $1 have what the requirements files $2 … ask for?
+has() {
+    "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
+import re, sys
+from importlib.metadata import version
+
+numbers = lambda text: [int(part) for part in re.findall(r"\d+", text)][:3]
+assert sys.version_info >= (3, 10)
+for file in sys.argv[1:]:
+    for line in open(file):
+        name, floor = line.split(">=")
+        assert numbers(version(name)) >= numbers(floor)
+PYTHON
+}
+
+# Set $python to an interpreter with the requirements files $@: the current one, or .venv's.
+prepare() {
+    for python in python3 python .venv/bin/python; do
+        if has "$python" "$@"; then return; fi
+    done
+    if [ ! -x .venv/bin/python ]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            { echo "run.sh: needs Python 3.10 or newer; python3 is $(python3 --version)" >&2; exit 2; }
+        echo "run.sh: making .venv"
+        python3 -m venv .venv
+    fi
+    python=.venv/bin/python
+    echo "run.sh: installing what $* ask for into .venv (torch is large; this takes some minutes)"
+    "$python" -m pip install --quiet --disable-pip-version-check "${@/#/--requirement=}"
+}
+
+# Show a command, run it, and append what it prints to the log in the save dir, once there is one:
+# options that are refused leave nothing behind.
+run() {
+    local line unlogged=
+    { echo "+ $*"; "$python" -u "$@" 2>&1; } | while IFS= read -r line; do
+        printf '%s\n' "$line"
+        unlogged+=$line$'\n'
+        if [ -d "$save_dir" ]; then
+            printf '%s' "$unlogged" >>"$save_dir/log.txt"
+            unlogged=
+        fi
+    done
+}
+
+# The three scripts with a target's settings; each goes on where an interrupted chain stopped.
+chain() {
+    save_dir=save_labelnoise${c}_$model
+    if [ "$datasets" != CIFAR10 ]; then save_dir+=_$datasets; fi
+    if [ "$seed" != 1 ]; then save_dir+=_seed$seed; fi
+    local common=(--datasets "$datasets" --corrupt "$c" --arch="$model" --randomseed "$seed"
+        --save-dir="$save_dir" --resume ${data_dir:+--data-dir="$data_dir"})
+    run train_sgd.py "${common[@]}" "${sgd[@]}"
+    run train_pbfgs.py "${common[@]}" "${pbfgs[@]}"
+    run train_psgd.py "${common[@]}" "${psgd[@]}"
+}
+
+target=${1-}
+if [ $# -gt 1 ] && [ "$target" != test ]; then echo "run.sh: $usage" >&2; exit 2; fi
+if [ -z "$target" ]; then
+    prepare requirements.txt
+    cuda=$("$python" -c 'import torch; print(torch.cuda.is_available())')
+    if [ "$cuda" = True ]; then target=cifar; else target=digits; fi
+    echo "run.sh: CUDA is $([ "$cuda" = True ] && echo here || echo not here), so this runs $target; $usage"
+fi
+
+model=${model:-resnet20} seed=${seed:-1}
+case $target in
+digits)
+    prepare requirements.txt
+    datasets=digits
+    sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
+    subspace=(--params_end 31 --n_components 20 --batch-size 128)
+    pbfgs=(--epochs 20 "${subspace[@]}")
+    psgd=(--epochs 30 "${subspace[@]}" --lr 0.3 --milestones 15 25)
+    done=()
+    for c in ${c:-0 0.4}; do
+        chain
+        done+=("$save_dir")
+    done
+    "$python" report.py "${done[@]}"
+    ;;
+cifar)
+    prepare requirements.txt
+    datasets=${datasets:-CIFAR10} c=${c:-0}
+    sgd=(--lr 0.1 --epochs=150)
+    pbfgs=(--epochs 20 --params_start 0 --params_end 81 --batch-size 1024 --n_components 40)
+    psgd=(--epochs 40 --lr 1 --params_start 0 --params_end 81 --batch-size 128 --n_components 40)
+    chain
+    "$python" report.py "$save_dir"
+    ;;
+test)
+    prepare requirements.txt tests/requirements.txt
+    "$python" -m pytest "${@:2}"
+    ;;
+lint)
+    prepare requirements.txt tests/requirements.txt
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    ;;
+*)
+    echo "run.sh: there is no target '$target'; $usage" >&2
+    exit 2
+    ;;
+esac

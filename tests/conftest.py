@@ -1,0 +1,71 @@
+"""What several test files need: small runs of the real scripts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_sgd
+
+DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Sums are in the same order on every machine, so bit-equality means something."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def sampled(tmp_path_factory) -> Path:
+    """A save dir with a trajectory 0 … 6 of ResNet-8 on digits; tests write only subfolders."""
+    save_dir = tmp_path_factory.mktemp("sampled")
+    train_sgd.main([*DIGITS, "--epochs", "6", "--save-dir", str(save_dir)])
+    return save_dir
+
+
+@pytest.fixture
+def refused(capsys):
+    """Call a script's main; returns its one line on stderr after exit code 2."""
+
+    def call(main, argv) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in argv])
+        lines = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def tiny():
+    """A double-precision network with BatchNorm whose loss is smooth enough to check by hand."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 10),
+    ).double()
+
+
+@pytest.fixture
+def batch():
+    """Images (16, 3, 8, 8) and labels (16,) in double precision."""
+    torch.manual_seed(1)
+    return torch.randn(16, 3, 8, 8, dtype=torch.float64), torch.randint(10, (16,))
+
+
+@pytest.fixture
+def orthonormal():
+    """Make a random basis (k, n) with orthonormal rows, float64."""
+
+    def make(k: int, n: int, seed: int = 2) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q.T.contiguous()
+
+    return make

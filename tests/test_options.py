@@ -1,0 +1,260 @@
+"""Bad input: exit code 2, one line that names the flag or file and what is allowed, no file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DIGITS
+from PIL import Image
+
+import report
+import train_pbfgs
+import train_psgd
+import train_sgd
+
+SGD, PSGD, PBFGS = train_sgd, train_psgd, train_pbfgs
+ALL = (SGD, PSGD, PBFGS)
+
+# (scripts, options, what the line says)
+BAD_VALUES = [
+    (ALL, "--arch resnet21", "--arch: there is no network 'resnet21'; did you mean"),
+    (ALL, "--arch xyzzy", "allowed: resnet8, resnet20"),
+    (ALL, "--datasets CIFAR11", "did you mean CIFAR10"),
+    (ALL, "--datasets cats", "allowed: digits, CIFAR10, CIFAR100"),
+    (ALL, "--corrupt 1.01", "--corrupt: '1.01' is not a number from 0 to 1"),
+    (ALL, "--corrupt -0.1", "--corrupt"),
+    (ALL, "--corrupt nan", "--corrupt: 'nan' is not a number from 0 to 1"),
+    (ALL, "--corrupt some", "--corrupt: 'some' is not a number from 0 to 1"),
+    (ALL, "--smalldatasets 0", "--smalldatasets: '0' is not a number above 0, at most 1"),
+    (ALL, "--smalldatasets 2", "--smalldatasets: '2' is not a number above 0, at most 1"),
+    (ALL, "--smalldatasets 1e-9", "--smalldatasets 1e-09: keeps none of 1437 images"),
+    (ALL, "--epochs 0", "--epochs: '0' is not a whole number from 1"),
+    (ALL, "--epochs 2.5", "--epochs: '2.5' is not a whole number from 1"),
+    (ALL, "--batch-size 0", "--batch-size: '0' is not a whole number from 1"),
+    (ALL, "--start-epoch -1", "--start-epoch"),
+    (ALL, "--epochs 3 --start-epoch 3", "--epochs 3: allowed: above --start-epoch 3"),
+    (ALL, "--workers -1", "--workers"),
+    (ALL, "--save-every 0", "--save-every: '0' is not a whole number from 1"),
+    (ALL, "--randomseed -1", "--randomseed"),
+    (ALL, "--weight-decay inf", "--weight-decay: 'inf' is not a number from 0"),
+    (ALL, "--device tpu", "--device: invalid choice: 'tpu' (choose from"),
+    (ALL, "--image-size 0", "--image-size: '0' is not a whole number from 1"),
+    (ALL, "--image-size 32", "--image-size 32: allowed with digits: 8"),
+    (ALL, "--nonsense", "unrecognized arguments: --nonsense"),
+    (ALL, "--batch 3", "unrecognized arguments: --batch"),
+    (ALL, "--pretrained nowhere.th", "--pretrained: nowhere.th: there is no such file"),
+    (ALL, "--resume nowhere.pt", "--resume: nowhere.pt: there is no such file"),
+    (ALL, "--evaluate --save-dir nowhere", "--evaluate: nowhere"),
+    (ALL, "--datasets ImageFolder --data-dir nowhere", "has no directory nowhere/train"),
+    ((SGD, PSGD), "--lr -1", "--lr"),
+    ((SGD, PSGD), "--lr nan", "'nan' is not a number from 0"),
+    ((SGD, PSGD), "--momentum 2", "--momentum: '2' is not a number from 0 to 1"),
+    ((SGD, PSGD), "--milestones 3.5", "--milestones: '3.5' is not a whole number from 0"),
+    ((SGD,), "--optimizer adamw", "--optimizer: invalid choice: 'adamw' (choose from"),
+    ((SGD,), "--pretrained", "--pretrained"),
+    ((SGD,), "--arch alexnet", "--arch alexnet: cannot take images of 8 × 8 pixels"),
+    ((PSGD, PBFGS), "--n_components 0", "is not a whole number from 1, or a fraction"),
+    ((PSGD, PBFGS), "--n_components 1.5", "is not a whole number from 1, or a fraction"),
+    ((PSGD, PBFGS), "--n-components all", "is not a whole number from 1, or a fraction"),
+    ((PSGD, PBFGS), "--n_components 7", "--n_components: 7 of 7 samples; allowed: at most 6"),
+    ((PSGD, PBFGS), "--n_components 3 --params_stride 3", "3 of 3 samples; allowed: at most 2"),
+    ((PSGD, PBFGS), "--params_end 8", "lacks the samples 7; there are 0, 1, …, 6"),
+    ((PSGD, PBFGS), "--params_end 51", "lacks the samples 7, 8, …, 50; there are 0, 1, …, 6"),
+    ((PSGD, PBFGS), "--params_start 7", "--params_end 7: allowed: above --params_start 7"),
+    ((PSGD, PBFGS), "--params_stride 0", "--params_stride: '0' is not a whole number from 1"),
+    ((PSGD, PBFGS), "--arch resnet20", "--arch: resnet20 here, resnet8 in"),
+    ((PSGD, PBFGS), "--datasets MNIST", "--datasets: MNIST here, digits in"),
+    ((PSGD, PBFGS), "--corrupt 0.2", "--corrupt: 0.2 here, 0.0 in"),
+    ((PSGD, PBFGS), "--randomseed 2", "--randomseed: 2 here, 1 in"),
+    ((PSGD, PBFGS), "--smalldatasets 0.5", "--smalldatasets: 0.5 here, None in"),
+    ((PSGD, PBFGS), "--save-dir nowhere", "--save-dir nowhere: there is no such directory"),
+    ((PBFGS,), "--alpha -1", "--alpha"),
+    ((PBFGS,), "--gamma 2", "--gamma: '2' is not a number from 0 to 1"),
+    ((PBFGS,), "--accumulate 0", "--accumulate: '0' is not a whole number from 1"),
+    ((PBFGS,), "--lr 1", "unrecognized arguments: --lr 1"),
+]
+CASES = [(script, *case) for scripts, *case in BAD_VALUES for script in scripts]
+
+
+def files(directory: Path) -> list:
+    """Everything below a directory, with its time of change."""
+    return sorted((file, file.stat().st_mtime_ns) for file in directory.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def save_dir(sampled, tmp_path_factory):
+    """The trajectory alone: no test may add to it."""
+    return shutil.copytree(sampled, tmp_path_factory.mktemp("bad") / "run")
+
+
+@pytest.mark.parametrize(("script", "options", "message"), CASES)
+def test_refused(script, options, message, save_dir, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = [*DIGITS, "--save-dir", tmp_path / "new" if script is SGD else save_dir]
+    if script is not SGD:
+        base += ["--params_end", "7", "--n_components", "3"]
+    before = files(save_dir)
+    line = refused(script.main, [*base, *options.split()])
+    assert message in line
+    assert files(save_dir) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_is_refused_where_there_is_none(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(SGD.main, [*DIGITS, "--device", "cuda", "--save-dir", tmp_path / "new"])
+    assert "--device cuda" in line
+    assert "allowed: auto, cpu" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_run_is_not_overwritten(save_dir, refused):
+    before = files(save_dir)
+    line = refused(SGD.main, [*DIGITS, "--epochs", "1", "--save-dir", save_dir])
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert files(save_dir) == before
+
+
+class Exploit:
+    """What a pickle would run when it is read by a loader that is not weights-only."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def broken(name: str, file: Path) -> None:
+    """Put a file in place of a good one that is broken in the way of the name."""
+    content = torch.load(file, weights_only=True)
+    if name == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif name == "empty":
+        file.write_bytes(b"")
+    elif name == "text":
+        file.write_text("weights")
+    elif name == "code":
+        torch.save({"state_dict": Exploit()}, file)
+    elif name == "number":
+        torch.save(3, file)
+    elif name == "arch":
+        network = train_sgd.models.build("resnet20", 10).state_dict()
+        states = {"model": network}
+        torch.save(content | {"state_dict": network, "states": states, **network}, file)
+
+
+BROKEN = {
+    "truncated": "not a whole file of tensors",
+    "empty": "not a whole file of tensors",
+    "text": "not a whole file of tensors",
+    "code": "not a whole file of tensors",
+    "number": "",
+    "arch": "does not fit --arch resnet8",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("what", ["3.pt", "checkpoint.pt", "model.th"])
+def test_broken_files(what, name, sampled, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(sampled, tmp_path / "run")
+    broken(name, run / what)
+    before = files(tmp_path)
+    script, options = {
+        "3.pt": (PSGD, ["--params_end", "7", "--n_components", "3"]),
+        "checkpoint.pt": (SGD, ["--resume", "--epochs", "9"]),
+        "model.th": (SGD, ["--evaluate"]),
+    }[what]
+    line = refused(script.main, [*DIGITS, "--save-dir", run, *options])
+    assert str(run / what) in line
+    assert BROKEN[name] in line
+    assert files(tmp_path) == before, "nothing written, and no code run"
+
+
+def test_resume_of_another_experiment(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    line = refused(SGD.main, [*DIGITS, "--corrupt", "0.1", "--save-dir", run, "--resume"])
+    assert "--corrupt: 0.1 here, 0.0 in" in line
+
+
+def test_a_config_that_is_no_json(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    for content in ("{", json.dumps({"arch": "resnet8"})):
+        (run / "config.json").write_text(content)
+        line = refused(PSGD.main, [*DIGITS, "--save-dir", run, "--params_end", "7"])
+        assert str(run / "config.json") in line
+
+
+def test_without_a_network_the_way_out_is_said(refused, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    for name in ("CIFAR10", "CIFAR100", "MNIST"):
+        options = [
+            "--datasets",
+            name,
+            "--data-dir",
+            tmp_path / "data",
+            "--save-dir",
+            tmp_path / "a",
+        ]
+        line = refused(SGD.main, options)
+        assert "--data-dir" in line
+        assert "--datasets digits" in line
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / part / name / "0.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("size", [8, 80])
+def test_image_folders_that_are_not_whole(size, folder, refused, tmp_path):
+    options = ["--datasets", "ImageFolder", "--data-dir", folder, "--image-size", size]
+    options += ["--arch", "resnet8", "--save-dir", tmp_path / "run", "--workers", "0"]
+    image = folder / "train" / "dog" / "0.png"
+    image.write_text("no image")
+    if size == 8:
+        assert f"{image}: not a readable image" in refused(SGD.main, options)
+    image.unlink()
+    assert "dog" in refused(SGD.main, options)
+    (folder / "train" / "dog").rmdir()
+    assert "in training or test only: dog" in refused(SGD.main, options)
+    shutil.rmtree(folder / "test")
+    assert f"{folder}/test or {folder}/val" in refused(SGD.main, options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_report_of_nothing(refused, tmp_path):
+    assert "no finished run" in refused(report.main, [tmp_path])
+
+
+def test_the_line_is_all_that_a_terminal_shows(tmp_path):
+    command = [sys.executable, Path(SGD.__file__), "--corrupt", "2"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    start = "train_sgd.py: argument --corrupt: '2' is not a number from 0 to 1"
+    assert run.stderr == start + " (--help lists the options)\n"
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_help_tells_every_default(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script.main(["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for action in script.options()._actions[1:]:
+        assert action.help
+        if action.nargs != 0 and action.default is not None:
+            assert "(default:" in action.help
+    assert "(default: 128)" in text

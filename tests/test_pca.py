@@ -1,0 +1,127 @@
+"""utils.pca and load_samples. Oracles: scikit-learn's full-SVD PCA, and the definition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+import utils
+from models import build
+
+
+def walk(samples: int = 20, n: int = 300, dtype: type = np.float64) -> np.ndarray:
+    """A random walk whose steps shrink, as a training trajectory's do."""
+    steps = (
+        np.random.default_rng(0).normal(size=(samples, n)) * np.geomspace(1, 0.01, samples)[:, None]
+    )
+    return np.cumsum(steps, axis=0).astype(dtype)
+
+
+@pytest.mark.parametrize("columns", [7, 2**18])
+@pytest.mark.parametrize("k", [1, 5, 19])
+def test_equals_scikit_learn(k, columns, monkeypatch):
+    monkeypatch.setattr(utils, "COLUMNS", columns)  # blocks smaller and larger than the samples
+    oracle = PCA(k, svd_solver="full").fit(walk())
+    basis, ratios = utils.pca(walk(), k)
+    np.testing.assert_allclose(basis, oracle.components_, atol=1e-8)
+    np.testing.assert_allclose(ratios, oracle.explained_variance_ratio_, atol=1e-12)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.9, 0.99, 0.9999])
+def test_fraction_of_the_variance_as_in_scikit_learn(fraction):
+    oracle = PCA(fraction, svd_solver="full").fit(walk())
+    basis, ratios = utils.pca(walk(), fraction)
+    assert len(basis) == len(ratios) == oracle.n_components_
+    assert ratios.sum() > fraction
+
+
+def test_more_samples_than_parameters():
+    samples = walk(50, 6)
+    oracle = PCA(6, svd_solver="full").fit(samples)
+    np.testing.assert_allclose(utils.pca(samples, 6)[0], oracle.components_, atol=1e-8)
+
+
+def test_float32_samples_give_an_orthonormal_float32_basis():
+    """Singular values over five decades: where a float32 Gram matrix has nothing left to say."""
+    random = np.random.default_rng(1)
+    left = np.linalg.qr(random.normal(size=(30, 30)))[0]
+    right = np.linalg.qr(random.normal(size=(5000, 30)))[0].T
+    samples = (left * np.geomspace(1, 1e-5, 30) @ right).astype(np.float32)
+    basis, _ = utils.pca(samples, 25)
+    assert basis.dtype == torch.float32
+    error = (basis.double() @ basis.double().T - torch.eye(25)).abs().max()
+    assert error < 1e-6
+
+
+def test_vectors_matrices_and_state_dicts_agree():
+    models = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        models.append(build("resnet8", 10))
+    vectors = [utils.flatten(model) for model in models]
+    states = [model.state_dict() for model in models]
+    names = [name for name, _ in models[0].named_parameters()]
+    expected = utils.pca(torch.stack(vectors), 3)
+    for samples, options in ((vectors, {}), (states, {}), (states, {"names": names})):
+        for ours, oracle in zip(utils.pca(samples, 3, **options), expected, strict=True):
+            torch.testing.assert_close(ours, oracle)
+
+
+@given(
+    samples=st.integers(3, 12), n=st.integers(2, 40), k=st.integers(1, 11), seed=st.integers(0, 99)
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_are_orthonormal_and_ordered(samples, n, k, seed):
+    k = min(k, samples - 1, n)
+    data = np.random.default_rng(seed).normal(size=(samples, n))
+    basis, ratios = utils.pca(data, k)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(k, dtype=torch.float64))
+    assert (ratios.diff() <= 0).all()
+    assert 0 < ratios.sum() <= 1 + 1e-12
+    largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("samples", "k", "message"),
+    [
+        (walk(5), 5, "at most 4"),
+        (walk(5, 3), 4, "at most 3"),
+        (walk(1), 0.5, "at most 0"),
+        (np.ones((5, 30)), 1, "span only 0"),
+        (np.repeat(walk(3), 2, axis=0), 3, "span only 2"),
+        (np.where(np.arange(300) == 7, np.nan, walk(5)), 2, "not finite"),
+    ],
+)
+def test_what_the_samples_do_not_allow_is_refused(samples, k, message):
+    with pytest.raises(ValueError, match=message):
+        utils.pca(samples, k)
+
+
+def test_load_samples_reads_the_named_ones(tmp_path):
+    for number in range(5):
+        utils.save(tmp_path / f"{number}.pt", {"weight": torch.tensor([float(number)])})
+    loaded = utils.load_samples(tmp_path, 1, 5, 2)
+    assert [float(state["weight"]) for state in loaded] == [1, 3]
+
+
+def test_load_samples_names_what_is_missing_and_what_is_there(tmp_path):
+    for number in range(4):
+        utils.save(tmp_path / f"{number}.pt", {"weight": torch.zeros(1)})
+    with pytest.raises(FileNotFoundError, match=r"lacks the samples 4, 5; there are 0, 1, …, 3"):
+        utils.load_samples(tmp_path, 0, 6)
+
+
+def test_load_samples_drops_the_prefix_of_dataparallel(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    torch.save(torch.nn.DataParallel(model).state_dict(), tmp_path / "0.pt")
+    assert list(utils.load_samples(tmp_path, 0, 1)[0]) == ["weight", "bias"]
+
+
+def test_load_samples_reads_files_of_old_torch(tmp_path):
+    """What the published code's torch 1.4 wrote is no zip file, and cannot be mapped."""
+    state = {"weight": torch.arange(3.0)}
+    torch.save(state, tmp_path / "0.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(utils.load_samples(tmp_path, 0, 1)[0]["weight"], state["weight"])

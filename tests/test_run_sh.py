@@ -1,0 +1,162 @@
+"""run.sh, on a copy with stub scripts. Oracles: the published commands, exit codes, a real venv."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STUB = """
+import os, sys
+from pathlib import Path
+options = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+Path(options["--save-dir"]).mkdir(exist_ok=True)
+name = Path(sys.argv[0]).stem
+print(f"{name} by {sys.executable}")
+sys.exit(int(os.environ.get(name, 0)))
+"""
+METADATA = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A directory with run.sh, stub scripts, and requirements of one package called tiny."""
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    for name in ("train_sgd", "train_pbfgs", "train_psgd"):
+        (tmp_path / f"{name}.py").write_text(STUB)
+    (tmp_path / "report.py").write_text("import sys; print('report of', *sys.argv[1:])")
+    (tmp_path / "requirements.txt").write_text("tiny>=1.2\n")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A directory that, on PYTHONPATH, is an installation of tiny 1.5."""
+    info = tmp_path / "site" / "tiny-1.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(METADATA)
+    return info.parent
+
+
+def run(project: Path, *arguments: str, **environment: object) -> subprocess.CompletedProcess:
+    """./run.sh with this interpreter as python3 and the settings given."""
+    kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
+    kept["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    kept |= {name: str(value) for name, value in environment.items()}
+    command = ["bash", project / "run.sh", *arguments]
+    return subprocess.run(command, env=kept, capture_output=True, text=True)
+
+
+def commands(output: str) -> list[list[str]]:
+    """The echoed commands, each sorted: the order of options is free."""
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("+ ")]
+    return [[line[0], *sorted(" ".join(line[1:]).replace("=", " ").split(" --"))] for line in lines]
+
+
+def test_cifar_is_the_published_experiment(project, tiny):
+    done = run(project, "cifar", c=0.2, PYTHONPATH=tiny)
+    assert done.returncode == 0, done.stderr
+    ours = "--randomseed 1 --resume --save-dir save_labelnoise0.2_resnet20"
+    same = f"--datasets CIFAR10 --corrupt 0.2 --arch resnet20 {ours}"
+    subspace = "--params_start 0 --params_end 81 --n_components 40"
+    published = f"""
++ train_sgd.py {same} --lr 0.1 --epochs 150
++ train_pbfgs.py {same} --epochs 20 {subspace} --batch-size 1024
++ train_psgd.py {same} --epochs 40 --lr 1 {subspace} --batch-size 128
+"""
+
+    def normal(lines):
+        return [
+            [first, *sorted(part.removeprefix("--") for part in rest)] for first, *rest in lines
+        ]
+
+    assert normal(commands(done.stdout)) == normal(commands(published))
+    assert done.stdout.endswith("report of save_labelnoise0.2_resnet20\n")
+    log = (project / "save_labelnoise0.2_resnet20" / "log.txt").read_text()
+    assert log + "report of save_labelnoise0.2_resnet20\n" == done.stdout
+
+
+def test_settings_are_the_published_variables(project, tiny):
+    options = {"model": "resnet32", "c": 0.4, "datasets": "CIFAR100", "seed": 2}
+    done = run(project, "cifar", **options, data_dir="/data", PYTHONPATH=tiny)
+    for command in commands(done.stdout):
+        line = " ".join(command)
+        assert "arch resnet32" in line
+        assert "corrupt 0.4" in line
+        assert "datasets CIFAR100" in line
+        assert "randomseed 2" in line
+        assert "data-dir /data" in line
+    assert (project / "save_labelnoise0.4_resnet32_CIFAR100_seed2").is_dir()
+
+
+def test_digits_runs_clean_and_noisy_labels(project, tiny):
+    done = run(project, "digits", PYTHONPATH=tiny)
+    assert done.returncode == 0, done.stderr
+    scripts = ["train_sgd.py", "train_pbfgs.py", "train_psgd.py"]
+    assert [command[0] for command in commands(done.stdout)] == scripts * 2
+    reported = done.stdout.splitlines()[-1].split()[2:]
+    assert [name.split("_")[1] for name in reported] == ["labelnoise0", "labelnoise0.4"]
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_without_a_target_it_says_which_it_takes(cuda, project, tiny):
+    (tiny / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {cuda}")
+    done = run(project, PYTHONPATH=tiny)
+    first = done.stdout.splitlines()[0]
+    assert ("runs cifar" if cuda else "runs digits") in first
+    assert "./run.sh [digits|cifar|test" in first
+    assert ("CIFAR10" in done.stdout) == cuda
+
+
+def test_a_failing_step_stops_the_chain_with_its_code(project, tiny):
+    done = run(project, "digits", train_pbfgs=7, PYTHONPATH=tiny)
+    assert done.returncode == 7
+    assert [command[0] for command in commands(done.stdout)] == ["train_sgd.py", "train_pbfgs.py"]
+    assert "report" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["cats"], ["digits", "cats"], ["--help"]])
+def test_another_target_is_refused(arguments, project, tiny):
+    done = run(project, *arguments, PYTHONPATH=tiny)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "./run.sh [digits|cifar|test" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("floor", ["1.2", "1.5.0"])
+def test_a_current_interpreter_that_has_all_is_used(floor, project, tiny):
+    (project / "requirements.txt").write_text(f"tiny>={floor}\n")
+    done = run(project, "digits", PYTHONPATH=tiny)
+    assert done.returncode == 0, done.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_a_fresh_machine_gets_a_venv_with_what_is_needed(project, tiny):
+    """tiny 1.5 is on PYTHONPATH, 1.6 is asked for: it is installed, from a wheel beside."""
+    with zipfile.ZipFile(project / "tiny-1.6-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny-1.6.dist-info/METADATA", METADATA.replace("1.5", "1.6"))
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        wheel.writestr("tiny-1.6.dist-info/WHEEL", tags)
+        wheel.writestr("tiny-1.6.dist-info/RECORD", "")
+    (project / "requirements.txt").write_text("tiny>=1.6\n")
+    offline = {"PIP_NO_INDEX": 1, "PIP_FIND_LINKS": project, "PIP_CONFIG_FILE": os.devnull}
+    for _ in range(2):
+        done = run(project, "digits", **offline)
+        assert done.returncode == 0, done.stderr
+        assert "train_sgd by" in done.stdout
+        assert f"{project}/.venv/bin/python" in done.stdout
+        installing = "installing" in done.stdout
+        assert installing == (_ == 0), "the second time it is there"
+
+
+def test_a_requirement_that_cannot_be_had_stops_it(project):
+    offline = {"PIP_NO_INDEX": 1, "PIP_CONFIG_FILE": os.devnull}
+    done = run(project, "digits", **offline)
+    assert done.returncode != 0
+    assert "tiny" in done.stderr
+    assert "train_sgd" not in done.stdout

@@ -1,0 +1,330 @@
+"""The scripts end to end on digits. Oracles: unbroken runs, torch.load, files compared by value."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS
+from sklearn.decomposition import PCA
+
+import models
+import report
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+
+ROOT = Path(__file__).parent.parent
+SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5"]
+
+
+def rows(directory: Path) -> list[dict]:
+    """The metrics of a run, less the seconds, which no two runs share."""
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+def same(one, other) -> bool:
+    """Bit-equal state dicts."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def copy(sampled, tmp_path) -> Path:
+    """A save dir of the test's own with the sampled trajectory in it."""
+    return shutil.copytree(sampled, tmp_path / "copy")
+
+
+PUBLISHED = """
+python -u train_sgd.py --datasets CIFAR10 --lr 0.1 --corrupt 0.2 --arch=resnet20 --epochs=150 \
+    --save-dir=save_labelnoise0.2_resnet20
+python -u train_pbfgs.py --epochs 20 --datasets CIFAR10 --corrupt 0.2 --params_start 0 \
+    --params_end 81 --batch-size 1024 --n_components 40 --arch=resnet20 \
+    --save-dir=save_labelnoise0.2_resnet20
+python -u train_psgd.py --epochs 40 --datasets CIFAR10 --lr 1 --corrupt 0.2 --params_start 0 \
+    --params_end 81 --batch-size 128 --n_components 40 --arch=resnet20 \
+    --save-dir=save_labelnoise0.2_resnet20
+"""
+
+
+def test_published_commands_run_as_they_are(tmp_path):
+    """Word for word but for the data, sizes that two cores can run in a test, and the directory."""
+    smaller = {"CIFAR10": "digits", "81": "5", "40": "3", "20": "2", "--epochs=150": "--epochs=4"}
+    for command in PUBLISHED.replace("\\\n", "").strip().splitlines():
+        words = [smaller.get(word, word) for word in shlex.split(command)]
+        words = [sys.executable, words[1], ROOT / words[2], *words[3:]]
+        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert run.stderr == ""
+    save_dir = tmp_path / "save_labelnoise0.2_resnet20"
+    names = ["checkpoint.pt", "config.json", "metrics.jsonl", "model.th"]
+    samples = [f"{number}.pt" for number in range(5)]
+    assert {file.name for file in save_dir.iterdir()} == {*names, *samples, "psgd", "pbfgs"}
+    for name in ("psgd", "pbfgs"):
+        assert {file.name for file in (save_dir / name).iterdir()} == {*names, "basis.npz"}
+
+
+def test_a_trajectory_is_the_parameters_of_every_epoch(sampled):
+    torch.manual_seed(1)
+    start = models.build("resnet8", 10).state_dict()
+    assert same(torch.load(sampled / "0.pt", weights_only=True), start)
+    last = torch.load(sampled / "6.pt", weights_only=True)
+    final = torch.load(sampled / "model.th", weights_only=True)
+    assert same(last, final["state_dict"])
+    assert set(final) == {"state_dict", "best_prec1", "epoch", "arch"}
+    history = rows(sampled)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert final["best_prec1"] == max(row["test_acc"] for row in history)
+    config = json.loads((sampled / "config.json").read_text())
+    assert (config["n"], config["arch"], config["datasets"]) == (75290, "resnet8", "digits")
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_sgd_learns_and_so_do_the_subspaces(copy, capsys):
+    assert (
+        train_sgd.main([*DIGITS, "--epochs", "20", "--save-dir", str(copy), "--resume"])["test_acc"]
+        > 90
+    )
+    options = [*DIGITS, "--params_end", "16", "--n_components", "10", "--save-dir", str(copy)]
+    assert train_psgd.main([*options, "--epochs", "10"])["test_acc"] > 90
+    last = train_pbfgs.main([*options, "--epochs", "10"])
+    assert last["test_acc"] > 90
+    assert last["lr"] is None
+    assert last["trials"] >= 0
+    assert last["step_length"] > 0
+    assert "10 directions" in capsys.readouterr().out
+    table = report.main([str(copy)])
+    assert [row[1] for row in table] == ["SGD", "SGD to the last sample", "P-BFGS", "P-SGD"]
+    assert [row[3:5] for row in table] == [["20", "20"], ["15", "15"], ["10", "25"], ["10", "25"]]
+
+
+def test_basis_is_the_pca_of_the_samples(copy):
+    train_psgd.main([*SUBSPACE, "--epochs", "1", "--params_stride", "2", "--n_components", "3",
+                     "--save-dir", str(copy)])  # fmt: skip
+    states = [torch.load(copy / f"{i}.pt", weights_only=True) for i in (0, 2, 4, 6)]
+    names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
+    matrix = np.stack([torch.cat([s[name].flatten() for name in names]).numpy() for s in states])
+    oracle = PCA(3, svd_solver="full").fit(matrix.astype(np.float64))
+    saved = np.load(copy / "psgd" / "basis.npz")
+    np.testing.assert_allclose(saved["basis"], oracle.components_, atol=1e-5)
+    ratios = saved["explained_variance_ratio"]
+    np.testing.assert_allclose(ratios, oracle.explained_variance_ratio_, rtol=1e-5)
+
+
+@pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
+def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_plane(script, copy):
+    script.main([*SUBSPACE, "--params_start", "2", "--n_components", "3", "--epochs", "2",
+                 "--save-dir", str(copy)])  # fmt: skip
+    directory = copy / script.__name__.removeprefix("train_")
+    names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
+    ends = [copy / "2.pt", directory / "model.th"]
+    start, end = (utils.state_dict_in(file) for file in ends)
+    moved = torch.cat([(end[name] - start[name]).flatten() for name in names]).double()
+    basis = torch.from_numpy(np.load(directory / "basis.npz")["basis"]).double()
+    assert moved.norm() > 0.1
+    assert (moved - moved @ basis.T @ basis).norm() < 1e-5 * moved.norm()
+    saved = torch.load(directory / "checkpoint.pt", weights_only=True)
+    z = saved["states"]["model"]["coordinates"].double()
+    torch.testing.assert_close(moved @ basis.T, z, rtol=1e-4, atol=1e-5)
+
+
+def test_fraction_of_variance_picks_k(copy):
+    train_psgd.main([*SUBSPACE, "--n_components", "0.9", "--epochs", "1", "--save-dir", str(copy)])
+    ratios = np.load(copy / "psgd" / "basis.npz")["explained_variance_ratio"]
+    assert ratios.sum() > 0.9 >= ratios[:-1].sum()
+
+
+OPTIONS = {
+    "sgd": (train_sgd, DIGITS),
+    "adam": (train_sgd, [*DIGITS, "--optimizer", "adam"]),
+    "half": (train_sgd, [*DIGITS, "--half"]),
+    "psgd": (train_psgd, SUBSPACE),
+    "pbfgs": (train_pbfgs, SUBSPACE),
+    "pbfgs+": (train_pbfgs, [*SUBSPACE, "--alpha", "0.02", "--accumulate", "2", "--half"]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_equals_an_unbroken_one(name, sampled, tmp_path, capsys):
+    script, options = OPTIONS[name]
+    ends, histories, samples = [], [], []
+    for kind, stops in (("unbroken", ["4"]), ("resumed", ["1", "3", "4"])):
+        save_dir = tmp_path / kind
+        if script is train_sgd:
+            directory = save_dir
+        else:
+            shutil.copytree(sampled, save_dir)
+            directory = save_dir / script.__name__.removeprefix("train_")
+        for stop in stops:
+            script.main([*options, "--epochs", stop, "--save-dir", str(save_dir), "--resume"])
+        ends.append(torch.load(directory / "model.th", weights_only=True)["state_dict"])
+        histories.append(rows(directory))
+        samples.append([utils.state_dict_in(save_dir / f"{i}.pt") for i in range(5)])
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 4
+    assert same(*ends)
+    assert all(same(one, other) for one, other in zip(*samples, strict=True))
+    assert "3 epochs are done" in capsys.readouterr().out
+
+
+def test_resume_takes_a_path_and_a_finished_run_is_left_alone(copy, tmp_path, capsys):
+    elsewhere = str(shutil.copy(copy / "checkpoint.pt", tmp_path / "elsewhere.pt"))
+    fresh = tmp_path / "fresh"
+    last = train_sgd.main(
+        [*DIGITS, "--epochs", "6", "--save-dir", str(fresh), "--resume", elsewhere]
+    )
+    assert last["epoch"] == 6
+    assert not (fresh / "0.pt").exists()
+    before = (copy / "metrics.jsonl").stat().st_mtime_ns
+    assert train_sgd.main([*DIGITS, "--epochs", "6", "--save-dir", str(copy), "--resume"]) == last
+    assert (copy / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_overwrite_removes_the_earlier_run(copy):
+    train_sgd.main([*DIGITS, "--epochs", "2", "--save-dir", str(copy), "--overwrite"])
+    assert sorted(file.name for file in copy.glob("[0-9]*.pt")) == ["0.pt", "1.pt", "2.pt"]
+    assert len(rows(copy)) == 2
+
+
+def test_milestones_and_start_epoch_set_the_step_size(tmp_path):
+    train_sgd.main([*DIGITS, "--epochs", "5", "--milestones", "3", "4", "--save-dir", str(tmp_path),
+                    "--start-epoch", "2"])  # fmt: skip
+    assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1, 0.01, 0.001])
+    assert [row["epoch"] for row in rows(tmp_path)] == [3, 4, 5]
+    assert {file.name for file in tmp_path.glob("[0-9]*.pt")} == {"2.pt", "3.pt", "4.pt", "5.pt"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "datasets", "lr", "milestones"),
+    [
+        ("sgd", "CIFAR10", 0.1, [100, 150]),
+        ("adam", "CIFAR100", 0.001, [150]),
+        ("sgd", "ImageNet", 0.1, [30, 60, 90]),
+    ],
+)
+def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch):
+    """What the options leave open is decided as published, before any data is read."""
+    seen = {}
+
+    def stop(args):
+        seen.update(vars(args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "load_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_sgd.main(["--optimizer", optimizer, "--datasets", datasets])
+    assert seen["lr"] == lr
+    assert seen["milestones"][:3] == milestones
+    assert (seen["epochs"], seen["batch_size"], seen["weight_decay"]) == (200, 128, 1e-4)
+
+
+def test_published_defaults_of_the_subspace_scripts():
+    for script in (train_psgd, train_pbfgs):
+        args = utils.parse(script.options(), [])
+        assert (args.arch, args.epochs, args.batch_size) == ("resnet32", 100, 128)
+        assert (args.n_components, args.params_start, args.params_end) == (40, 0, 51)
+        assert (args.weight_decay, args.save_every, args.randomseed) == (0, 10, 1)
+    args = utils.parse(train_psgd.options(), [])
+    assert (args.lr, args.momentum, args.milestones) == (1, 0.9, [30, 50])
+    args = utils.parse(train_pbfgs.options(), [])
+    assert (args.alpha, args.gamma, args.accumulate) == (0, 0.9, 1)
+
+
+def test_evaluate_tests_what_was_trained_and_writes_nothing(copy):
+    train_psgd.main([*SUBSPACE, "--epochs", "2", "--save-dir", str(copy)])
+    before = sorted((file, file.stat().st_mtime_ns) for file in copy.rglob("*"))
+    for script, directory in ((train_sgd, copy), (train_psgd, copy / "psgd")):
+        last = rows(directory)[-1]
+        own = script.main([*DIGITS, "--evaluate", "--save-dir", str(copy)])
+        assert own == {name: last[name] for name in ("test_loss", "test_acc")}
+    weights = str(copy / "psgd" / "model.th")
+    for option in ("--pretrained", "--resume"):
+        named = train_sgd.main([*DIGITS, "-e", option, weights, "--save-dir", str(copy)])
+        assert named == own
+    assert before == sorted((file, file.stat().st_mtime_ns) for file in copy.rglob("*"))
+
+
+def test_pretrained_weights_are_the_start(copy, tmp_path):
+    """A public checkpoint: DataParallel's names, under state_dict."""
+    state = torch.load(copy / "4.pt", weights_only=True)
+    public = tmp_path / "public.th"
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in state.items()}, "best_prec1": 9}, public
+    )
+    fresh = tmp_path / "fresh"
+    train_sgd.main(
+        [*DIGITS, "--epochs", "1", "--save-dir", str(fresh), "--pretrained", str(public)]
+    )
+    assert same(utils.state_dict_in(fresh / "0.pt"), state)
+    train_psgd.main([*SUBSPACE, "--epochs", "1", "--lr", "0", "--save-dir", str(copy),
+                     "--pretrained", str(public)])  # fmt: skip
+    end = utils.state_dict_in(copy / "psgd" / "model.th")
+    assert torch.equal(end["conv1.weight"], state["conv1.weight"])
+
+
+def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys):
+    """The download is replaced by what torchvision would deliver; the classifier stays our own."""
+    torch.manual_seed(9)
+    delivered = models.build("resnet18", 1000).state_dict()
+    weights = type(models.torchvision.models.ResNet18_Weights.DEFAULT)
+    monkeypatch.setattr(weights, "get_state_dict", lambda *args, **kwargs: delivered)
+    options = ["--datasets", "digits", "--arch", "resnet18", "--smalldatasets", "0.02"]
+    train_sgd.main([*options, "--epochs", "1", "--save-dir", str(tmp_path), "--pretrained"])
+    first = utils.state_dict_in(tmp_path / "0.pt")
+    different = [name for name in first if not torch.equal(first[name], delivered[name])]
+    assert different == ["fc.weight", "fc.bias"]
+    assert "left as initialised: ['fc.bias', 'fc.weight']" in capsys.readouterr().out
+
+
+def test_half_computes_in_bfloat16_and_keeps_float32(tmp_path, batch):
+    kinds = []
+    model = models.build("resnet8", 10)
+    hook = model.conv1.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
+    images, labels = batch[0].float(), batch[1]
+    loss, _ = utils.cross_entropy(model, images, labels, half=True)
+    hook.remove()
+    assert kinds == [torch.bfloat16]
+    assert loss.dtype == torch.float32
+    full, _ = utils.cross_entropy(model, images, labels, half=False)
+    assert loss.item() == pytest.approx(full.item(), rel=0.02)
+    loss.backward()
+    assert model.conv1.weight.grad.dtype == torch.float32
+
+
+def test_label_noise_is_the_same_in_all_three_scripts(tmp_path, monkeypatch):
+    seen = []
+    load = utils.load_data
+
+    def spy(args):
+        data = load(args)
+        seen.append(data.train.labels)
+        return data
+
+    monkeypatch.setattr(utils, "load_data", spy)
+    noise = ["--corrupt", "0.5", "--randomseed", "3", "--save-dir", str(tmp_path), "--epochs", "2"]
+    for script in (train_sgd, train_psgd, train_pbfgs):
+        extra = [] if script is train_sgd else ["--params_end", "3", "--n_components", "2"]
+        script.main([*DIGITS, *noise, *extra])
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_nothing_but_finished_files_is_left(tmp_path, monkeypatch):
+    """A write that fails leaves the old file and no temporary one."""
+    file = tmp_path / "0.pt"
+    utils.save(file, {"weight": torch.zeros(1)})
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        utils.save(file, {"weight": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == [file]
+    assert utils.state_dict_in(file)["weight"] == 0
