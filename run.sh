@@ -11,7 +11,7 @@ has() {
 import re, sys
 from importlib.metadata import version
 
-numbers = lambda text: [int(part) for part in re.findall(r"\d+", text)][:3]
+numbers = lambda text: ([int(part) for part in re.findall(r"\d+", text)] + [0, 0])[:3]
 assert sys.version_info >= (3, 10)
 for file in sys.argv[1:]:
     for line in open(file):

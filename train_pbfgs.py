@@ -106,7 +106,7 @@ def make_step(
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
         subspace.zero_grad()
-        seed = int(torch.randint(2**62, ()))
+        seed = torch.initial_seed() + 1
         total, outputs = 0, []
         for loss, output in losses(images, labels, seed):
             loss.backward()

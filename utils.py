@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -185,6 +186,8 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
         )
     args.image_size = args.image_size or dataset.image_size
+    if args.epochs <= args.start_epoch:
+        refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     return args
 
 
@@ -384,8 +387,7 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
         Exception
     ) as error:  # whatever the cause (network, disk, archive), the ways out are these
         if not was_there:
-            with contextlib.suppress(OSError):
-                args.data_dir.rmdir()
+            shutil.rmtree(args.data_dir, ignore_errors=True)
         refuse(
             f"--datasets {name}: not in --data-dir {args.data_dir}, and not downloaded ({error}); "
             "name the directory that has it with --data-dir, or take --datasets digits"
@@ -913,8 +915,6 @@ def fit(
             f"{row['seconds']:.1f} s",
             flush=True,
         )
-    if not rows:
-        refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     best = max(rows, key=lambda row: row["test_acc"])
     print(
         f"{directory}: test accuracy {rows[-1]['test_acc']:.2f} % after epoch {rows[-1]['epoch']}, "

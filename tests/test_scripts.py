@@ -92,7 +92,7 @@ def test_sgd_learns_and_so_do_the_subspaces(copy, capsys):
         > 90
     )
     options = [*DIGITS, "--params_end", "16", "--n_components", "10", "--save-dir", str(copy)]
-    assert train_psgd.main([*options, "--epochs", "10"])["test_acc"] > 90
+    assert train_psgd.main([*options, "--epochs", "10", "--lr", "0.3"])["test_acc"] > 90
     last = train_pbfgs.main([*options, "--epochs", "10"])
     assert last["test_acc"] > 90
     assert last["lr"] is None
