@@ -2,7 +2,7 @@
 
     python report.py save_labelnoise0_resnet20 save_labelnoise0_resnet20_seed2
 
-Directories of the same network, data and label noise are taken as seeds of one experiment.
+Directories of the same network, data, label noise and epochs are taken as seeds of one experiment.
 """
 
 import json
@@ -10,6 +10,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 import utils
 
@@ -27,6 +29,8 @@ def results(save_dir: Path) -> list[tuple]:
     """(experiment, method, k, epochs, epochs in all, final, best, seconds) of each run."""
     arguments, sgd = read_run(save_dir)
     experiment = f"{arguments['datasets']}, {arguments['arch']}, c = {arguments['corrupt']:g}"
+    if arguments["smalldatasets"]:
+        experiment += f", {arguments['smalldatasets']:.0%} of the training images"
 
     def row(method: str, k: int | str, rows: list[dict], sampled: list[dict]) -> tuple:
         every = sampled + rows
@@ -40,9 +44,11 @@ def results(save_dir: Path) -> list[tuple]:
     for name, method in (("pbfgs", "P-BFGS"), ("psgd", "P-SGD")):
         if (save_dir / name / "metrics.jsonl").exists():
             own, rows = read_run(save_dir / name)
-            sampled = sgd[: own["params_end"] - 1]
+            last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
+            sampled = [row for row in sgd if row["epoch"] <= last]
+            k = len(np.load(save_dir / name / "basis.npz")["explained_variance_ratio"])
             table.append(row("SGD to the last sample", "n", sampled, []))
-            table.append(row(method, own["n_components"], rows, sampled))
+            table.append(row(method, k, rows, sampled))
     return list(dict.fromkeys(table))
 
 

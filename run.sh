@@ -40,7 +40,7 @@ prepare() {
 # options that are refused leave nothing behind.
 run() {
     local line unlogged=
-    { echo "+ $*"; "$python" -u "$@" 2>&1; } | while IFS= read -r line; do
+    { echo "+ $python -u $*"; "$python" -u "$@" 2>&1; } | while IFS= read -r line || [ -n "$line" ]; do
         printf '%s\n' "$line"
         unlogged+=$line$'\n'
         if [ -d "$save_dir" ]; then
@@ -85,7 +85,7 @@ digits)
         chain
         done+=("$save_dir")
     done
-    "$python" report.py "${done[@]}"
+    run report.py "${done[@]}"
     ;;
 cifar)
     prepare requirements.txt
@@ -94,7 +94,7 @@ cifar)
     pbfgs=(--epochs 20 --params_start 0 --params_end 81 --batch-size 1024 --n_components 40)
     psgd=(--epochs 40 --lr 1 --params_start 0 --params_end 81 --batch-size 128 --n_components 40)
     chain
-    "$python" report.py "$save_dir"
+    run report.py "$save_dir"
     ;;
 test)
     prepare requirements.txt tests/requirements.txt

@@ -7,6 +7,7 @@ With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -95,30 +96,35 @@ def make_step(
     """The step that trains on --accumulate batches, given as one; `residual` moves the origin."""
     z = subspace.coordinates
 
-    def losses(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def losses(images: Tensor, labels: Tensor, seed: int, half: bool) -> Iterator:
         """Batch by batch its part of the step's mean loss, and the network's output."""
         torch.manual_seed(seed)  # all trials of a step see the same dropout
-        batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
-        for batch, batch_labels in batches:
-            loss, output = utils.cross_entropy(subspace, batch, batch_labels, args.half)
-            loss = loss + utils.penalty(args, subspace)
-            yield loss * (len(batch) / len(images)), output
+        batches = max(1, math.ceil((len(images) - 1) / args.batch_size))
+        for batch in zip(images.tensor_split(batches), labels.tensor_split(batches), strict=True):
+            loss, output = utils.cross_entropy(subspace, *batch, half)
+            yield loss * (len(output) / len(images)), output
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
         subspace.zero_grad()
         seed = torch.initial_seed() + 1
         total, outputs = 0, []
-        for loss, output in losses(images, labels, seed):
+        for loss, output in losses(images, labels, seed, args.half):
             loss.backward()
             total += loss.detach()
             outputs.append(output.detach())
+        penalty = utils.penalty(args, subspace)
+        if args.weight_decay:
+            penalty.backward()
 
+        @torch.no_grad()
         def evaluate() -> Tensor:
             with frozen_statistics(subspace.model):
-                return sum(loss for loss, _ in losses(images, labels, seed))
+                # Never in bfloat16, whose error is of the order of the decrease looked for.
+                parts = sum(loss for loss, _ in losses(images, labels, seed, half=False))
+                return parts + utils.penalty(args, subspace)
 
-        trials = optimizer.step(evaluate, total)
-        if residual:
+        trials = optimizer.step(evaluate, evaluate() if args.half else total + penalty)
+        if residual is not None:
             # (I − PᵀP) ∇L, the part of the gradient that the subspace has no use for.
             subspace.origin.grad -= z.grad @ subspace.basis
             residual.step()
@@ -138,7 +144,7 @@ def options() -> utils.Parser:
         help="step size along the gradient outside the subspace")
     parser.add("--gamma", type=utils.fraction, metavar="G", default=0.9,
         help="momentum of that step")
-    parser.add("--accumulate", type=utils.count, metavar="N", default=1,
+    parser.add("--accumulate", type=utils.positive, metavar="N", default=1,
         help="batches a step; gradient and line search are of all of them")
     # fmt: on
     return parser
@@ -153,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     samples = utils.load_trajectory(args)
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
-    basis, ratios = utils.extract(args, samples, model)
-    subspace = models.Subspace(model, basis)
+    basis = utils.extract(args, samples, model)
+    subspace = models.Subspace(model, basis["basis"])
     trials = 30 if args.datasets == "ImageNet" else 20
     optimizer, residual = PBFGS([subspace.coordinates], max_trials=trials), None
     state = {"model": subspace, "optimizer": optimizer}
@@ -162,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         residual = torch.optim.SGD([subspace.origin.requires_grad_()], args.alpha, args.gamma)
         state["residual"] = residual
 
-    run = utils.start_run(args, directory, data, model, state)
-    utils.save(directory / "basis.npz", {"basis": basis, "explained_variance_ratio": ratios})
+    run = utils.start_run(args, directory, data, model, state, basis)
     return utils.fit(run, make_step(args, subspace, optimizer, residual), subspace.export)
 
 

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     samples = utils.load_trajectory(args)
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
-    basis, ratios = utils.extract(args, samples, model)
-    subspace = models.Subspace(model, basis)
+    basis = utils.extract(args, samples, model)
+    subspace = models.Subspace(model, basis["basis"])
     optimizer = torch.optim.SGD([subspace.coordinates], args.lr, args.momentum)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return loss, output, {}
 
     state = {"model": subspace, "optimizer": optimizer}
-    run = utils.start_run(args, directory, data, model, state)
-    utils.save(directory / "basis.npz", {"basis": basis, "explained_variance_ratio": ratios})
+    run = utils.start_run(args, directory, data, model, state, basis)
     return utils.fit(run, step, subspace.export)
 
 

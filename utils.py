@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -73,8 +72,8 @@ def checked(kind: type, allowed: str, test: Callable[[Any], bool]) -> Callable[[
     return parse
 
 
-count = checked(int, "a whole number from 1", lambda value: value >= 1)
-index = checked(int, "a whole number from 0", lambda value: value >= 0)
+positive = checked(int, "a whole number from 1 to 2³¹ − 1", lambda value: 0 < value < 2**31)
+natural = checked(int, "a whole number from 0 to 2³¹ − 1", lambda value: 0 <= value < 2**31)
 fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 share = checked(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 amount = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
@@ -83,7 +82,7 @@ amount = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
 def components(text: str) -> int | float:
     """An argparse type: how many components, or the fraction of variance they are to explain."""
     allowed = "a whole number from 1, or a fraction of the variance between 0 and 1"
-    kind, test = (int, lambda k: k >= 1) if text.isdecimal() else (float, lambda f: 0 < f < 1)
+    kind, test = (int, lambda k: k > 0) if text.isdecimal() else (float, lambda f: 0 < f < 1)
     return checked(kind, allowed, test)(text)
 
 
@@ -114,17 +113,17 @@ def parser(
         help=", ".join(DATASETS))
     add("--data-dir", type=Path, metavar="DIR", default=Path("../data"),
         help="where the dataset is, or is downloaded to")
-    add("--image-size", type=count, metavar="PIXELS",
+    add("--image-size", type=positive, metavar="PIXELS",
         help="side of the images of ImageFolder and ImageNet (default: 32 and 224)")
-    add("-j", "--workers", type=index, metavar="N", default=4,
+    add("-j", "--workers", type=natural, metavar="N", default=4,
         help="threads or processes that decode image files")
-    add("--epochs", type=count, metavar="N", default=epochs, help="number of the last epoch")
-    add("--start-epoch", type=index, metavar="N", default=0,
+    add("--epochs", type=positive, metavar="N", default=epochs, help="number of the last epoch")
+    add("--start-epoch", type=natural, metavar="N", default=0,
         help="epochs taken as done at the start; --resume knows by itself")
-    add("-b", "--batch-size", type=count, metavar="N", default=128, help="images a batch")
+    add("-b", "--batch-size", type=positive, metavar="N", default=128, help="images a batch")
     add("--weight-decay", "--wd", type=amount, metavar="W", default=weight_decay,
         help="L2 penalty: W / 2 times the squared norm of all parameters")
-    add("-p", "--print-freq", type=count, metavar="N", default=50,
+    add("-p", "--print-freq", type=positive, metavar="N", default=50,
         help="on a terminal, show the loss every N batches")
     add("--resume", nargs="?", const=True, metavar="PATH",
         help="go on from this checkpoint (without PATH: the run's own, if there is one)")
@@ -138,9 +137,9 @@ def parser(
         help="auto is cuda where there is one, else cpu")
     add("--save-dir", type=Path, metavar="DIR", default=Path("save_temp"),
         help="directory of the trajectory, and of the runs in its subspaces")
-    add("--save-every", type=count, metavar="N", default=10,
+    add("--save-every", type=positive, metavar="N", default=10,
         help="write checkpoint.pt and model.th every N epochs, and at the end")
-    add("--randomseed", type=index, metavar="N", default=1,
+    add("--randomseed", type=natural, metavar="N", default=1,
         help="seed of initialisation, label corruption, data order and augmentation")
     add("--corrupt", type=fraction, metavar="C", default=0.0,
         help="fraction of the training labels drawn anew, uniformly over all classes")
@@ -155,7 +154,7 @@ def add_schedule_options(
     """Add what plain SGD needs, whatever it moves: step size, momentum, schedule."""
     options.add("--lr", "--learning-rate", type=amount, metavar="LR", default=lr, help=lr_help)
     options.add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum")
-    options.add_argument("--milestones", type=index, nargs="*", metavar="N", default=milestones,
+    options.add_argument("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
         help=f"after N epochs the step size drops to a tenth (default: {usual})")
 
 
@@ -164,11 +163,11 @@ def add_subspace_options(options: Parser) -> None:
     add = options.add
     add("--n_components", "--n-components", type=components, metavar="K", default=40,
         help="directions to keep, or the fraction of the samples' variance to explain, as 0.99")
-    add("--params_start", "--params-start", type=index, metavar="N", default=0,
+    add("--params_start", "--params-start", type=natural, metavar="N", default=0,
         help="first sample, where training in the subspace starts from")
-    add("--params_end", "--params-end", type=index, metavar="N", default=51,
+    add("--params_end", "--params-end", type=natural, metavar="N", default=51,
         help="one past the last sample")
-    add("--params_stride", "--params-stride", type=count, metavar="N", default=1,
+    add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
 # fmt: on
 
@@ -200,7 +199,7 @@ TEST_BATCH = 500
 class Split(NamedTuple):
     """The training or the test half of a dataset as it was read."""
 
-    images: Any  # uint8 (N, 3, side, side), or an array of N paths
+    images: Any  # uint8 (N, 3, side, side), or N paths
     labels: Tensor
     classes: list[str]
 
@@ -258,6 +257,12 @@ def crop_and_flip(
     return torch.where(flip[:, None, None, None], crops.flip(3), crops)
 
 
+def batch_sizes(n: int, size: int) -> list[int]:
+    """The sizes of the batches of n images; one left over joins the last, to have a variance."""
+    sizes = [size] * (n // size) + [n % size] * (n % size > 0)
+    return [*sizes[:-2], size + 1] if len(sizes) > 1 and sizes[-1] == 1 else sizes
+
+
 class Images:
     """Labelled images on the device, in batches: in order, or with a seed shuffled and augmented.
 
@@ -292,7 +297,7 @@ class Images:
             flip = random.integers(2, size=n) * self.flip
         # The epoch's one transfer to the device.
         draws = torch.from_numpy(np.stack([which, top, left, flip])).to(self.labels.device)
-        for which, top, left, flip in draws.split(self.batch_size, dim=1):
+        for which, top, left, flip in draws.split(batch_sizes(n, self.batch_size), dim=1):
             images = crop_and_flip(self.images, which, top, left, flip.bool(), self.size)
             yield (images * self.scale).add_(self.shift), self.labels[which]
 
@@ -321,7 +326,7 @@ class ImageFiles:
     def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
         position, seed = draw
         with torch.random.fork_rng(devices=[]):  # without workers the network draws here, too
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return self.transform(open_image(self.files[position])), self.labels[position]
 
     def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -329,29 +334,34 @@ class ImageFiles:
         random = random_stream(self.seed or 0, "epoch", number)
         n = len(self)
         order = np.arange(n) if self.seed is None else random.permutation(n)
-        draws = zip(order.tolist(), random.integers(2**63, size=n).tolist(), strict=True)
+        draws = np.stack([order, random.integers(2**63, size=n)], axis=1)
+        ends = np.cumsum(batch_sizes(n, self.batch_size))[:-1]
         loader = torch.utils.data.DataLoader(
             self,
-            self.batch_size,
-            sampler=list(draws),
+            batch_sampler=[batch.tolist() for batch in np.split(draws, ends)],
             num_workers=self.workers,
             pin_memory=self.device == "cuda",
         )
-        for batch in loader:
-            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+        try:
+            for batch in loader:
+                yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+        except ValueError as error:  # a worker's comes with its traceback, ours is the last line
+            refuse(f"--data-dir: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
 
 
-def open_image(file: Path) -> Image.Image:
-    """The image in `file` as RGB; refuses one that cannot be read."""
-    with refusing(f"{file}: not a readable image", (OSError, SyntaxError)):
+def open_image(file: str) -> Image.Image:
+    """The image in `file` as RGB; raises ValueError that names a file that has none."""
+    try:
         return Image.open(file).convert("RGB")
+    except Exception as error:  # each format has its own ways to be broken
+        raise ValueError(f"{file}: not a readable image") from error
 
 
 def decode(split: Split, size: int, workers: int) -> Split:
     """The split with its files read: shorter side scaled to `size`, the middle cut out."""
-    square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-    to_tensor = transforms.Compose([transforms.PILToTensor(), square])
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+    cut = [transforms.Resize(size), transforms.CenterCrop(size)]
+    to_tensor = transforms.Compose([transforms.PILToTensor(), *cut])
+    with ThreadPoolExecutor(max(workers, 1)) as pool, refusing("--data-dir"):
         images = pool.map(lambda file: to_tensor(open_image(file)), split.images)
         bar = tqdm(images, "decoding", len(split.images), unit="image", disable=None, leave=False)
         return split._replace(images=torch.stack(list(bar)))
@@ -376,20 +386,17 @@ def read_digits(args: argparse.Namespace, train: bool) -> Split:
 
 def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
     """CIFAR10, CIFAR100 or MNIST from --data-dir, downloaded there on first use."""
-    read = partial(getattr(torchvision.datasets, name), args.data_dir, train=train)
-    was_there = args.data_dir.exists()
+    root = args.data_dir
+    was_there = root.exists()
     try:
-        try:
-            dataset = read(download=False)
-        except RuntimeError:  # not there, or not whole
-            dataset = read(download=True)
-    except (
-        Exception
-    ) as error:  # whatever the cause (network, disk, archive), the ways out are these
+        dataset = getattr(torchvision.datasets, name)(root, train=train, download=True)
+    except Exception as error:  # network, disk or archive: the ways out are the same
         if not was_there:
-            shutil.rmtree(args.data_dir, ignore_errors=True)
+            with contextlib.suppress(OSError):  # empty folders only
+                for folder in sorted([root, *root.rglob("*")], reverse=True):
+                    folder.rmdir()
         refuse(
-            f"--datasets {name}: not in --data-dir {args.data_dir}, and not downloaded ({error}); "
+            f"--datasets {name}: not in --data-dir {root}, and not downloaded ({error}); "
             "name the directory that has it with --data-dir, or take --datasets digits"
         )
     images = torch.as_tensor(dataset.data)
@@ -406,29 +413,25 @@ def read_folder(args: argparse.Namespace, train: bool) -> Split:
     with refusing("--data-dir"):
         dataset = torchvision.datasets.ImageFolder(folder)
     files, labels = zip(*dataset.samples, strict=True)
-    return Split(np.array(files), torch.tensor(labels), dataset.classes)
+    return Split(np.array(files, dtype=object), torch.tensor(labels), dataset.classes)
 
 
-IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CIFAR100_STATISTICS = {
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CIFAR100 = {
     "mean": (0.50707516, 0.48654887, 0.44091784),
     "std": (0.26733429, 0.25643846, 0.27615047),
 }
 # The digits' own, of the training images as read_digits scales them; MNIST's, as everywhere.
-DIGITS_STATISTICS = {"mean": (0.2873,) * 3, "std": (0.3540,) * 3}
-MNIST_STATISTICS = {"mean": (0.1307,) * 3, "std": (0.3081,) * 3}
+DIGITS = {"mean": (0.2873,) * 3, "std": (0.3540,) * 3, "flip": False}
+MNIST = {"mean": (0.1307,) * 3, "std": (0.3081,) * 3, "flip": False}
 
 DATASETS = {
-    "digits": Dataset(read_digits, **DIGITS_STATISTICS, image_size=8, padding=1, flip=False),
-    "CIFAR10": Dataset(partial(read_torchvision, "CIFAR10"), **IMAGENET_STATISTICS, image_size=32),
-    "CIFAR100": Dataset(
-        partial(read_torchvision, "CIFAR100"), **CIFAR100_STATISTICS, image_size=32
-    ),
-    "MNIST": Dataset(
-        partial(read_torchvision, "MNIST"), **MNIST_STATISTICS, image_size=28, padding=0, flip=False
-    ),
-    "ImageFolder": Dataset(read_folder, **IMAGENET_STATISTICS, image_size=32),
-    "ImageNet": Dataset(read_folder, **IMAGENET_STATISTICS, image_size=224),
+    "digits": Dataset(read_digits, **DIGITS, image_size=8, padding=1),
+    "CIFAR10": Dataset(partial(read_torchvision, "CIFAR10"), **IMAGENET, image_size=32),
+    "CIFAR100": Dataset(partial(read_torchvision, "CIFAR100"), **CIFAR100, image_size=32),
+    "MNIST": Dataset(partial(read_torchvision, "MNIST"), **MNIST, image_size=28, padding=0),
+    "ImageFolder": Dataset(read_folder, **IMAGENET, image_size=32),
+    "ImageNet": Dataset(read_folder, **IMAGENET, image_size=224),
 }
 
 
@@ -592,9 +595,10 @@ def pca(
 
 # ------------------------------------------------------------------------- the run directory
 
-# Options that all runs on one trajectory share, and those that make the subspace of one run.
+# The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride")
+RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
 
 
 class Run(NamedTuple):
@@ -657,13 +661,26 @@ def state_dict_in(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], file: Path, arch: str) -> None:
-    """Load `state`, read from `file`; ValueError names the first entry that does not fit."""
+def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
+    """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
     own = module.state_dict()
     for name in own | dict(state):
         if name not in own or name not in state or own[name].shape != state[name].shape:
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
-    module.load_state_dict(state)
+
+
+@torch.no_grad()
+def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state that fits: some networks' `load_state_dict` asks for more than a plain one."""
+    for name, value in module.state_dict().items():
+        value.copy_(state[name])
+
+
+def load_file(args: argparse.Namespace, model: nn.Module, file: Path) -> None:
+    """Load the weights in `file`; raises ValueError where they do not fit --arch."""
+    state = state_dict_in(file)
+    check_fits(state, model, file, args.arch)
+    load_into(model, state)
 
 
 def load_torchvision_weights(model: nn.Module, arch: str) -> None:
@@ -671,13 +688,14 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
 
     Raises ValueError where torchvision has none for `arch`.
     """
+    if arch not in torchvision.models.list_models():
+        raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
     fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
-    model.load_state_dict(fits, strict=False)
-    print(
-        f"pretrained: {weights}, left as initialised: {sorted(set(own) - set(fits)) or 'nothing'}"
-    )
+    load_into(model, own | fits)
+    left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
+    print(f"pretrained: {weights}; left as initialised: {left}")
 
 
 def make_model(
@@ -696,30 +714,35 @@ def make_model(
         if args.pretrained is True:
             load_torchvision_weights(model, args.arch)
         elif args.pretrained:
-            file = Path(args.pretrained)
-            load_into(model, state_dict_in(file), file, args.arch)
+            load_file(args, model, Path(args.pretrained))
     return model.to(args.device)
 
 
-def check_same(args: argparse.Namespace, recorded: Mapping[str, Any], file: Path) -> None:
+def check_same(
+    args: argparse.Namespace, recorded: Mapping[str, Any], names: Sequence[str], file: Path
+) -> None:
     """Refuse where an option that has to be the same differs from what `file` recorded."""
-    for name in EXPERIMENT + SUBSPACE:
+    for name in names:
         value = getattr(args, name, None)
         if name in recorded and name in args and recorded[name] != value:
             option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
             refuse(f"{option}: {value} here, {recorded[name]} in {file}; they have to be the same")
 
 
+def check_config(args: argparse.Namespace, file: Path) -> None:
+    """Refuse options that contradict the config.json of the run whose files are to be used."""
+    if not file.exists():
+        print(f"{file} is missing: not checked that its run had this data, network and seed")
+        return
+    with refusing(f"{file}: not readable", (ValueError, KeyError, TypeError)):
+        check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
+
+
 def load_trajectory(args: argparse.Namespace) -> list[dict[str, Tensor]]:
     """The samples the options name, once it is clear that they are of the same experiment."""
-    config = args.save_dir / "config.json"
     if not args.save_dir.is_dir():
         refuse(f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it")
-    if config.exists():
-        with refusing(f"{config}: not readable", (ValueError, KeyError)):
-            check_same(args, json.loads(config.read_text())["arguments"], config)
-    else:
-        print(f"{config} is missing: not checked that the samples are of this data and seed")
+    check_config(args, args.save_dir / "config.json")
     if args.params_start >= args.params_end:
         refuse(f"--params_end {args.params_end}: allowed: above --params_start {args.params_start}")
     with refusing(), refusing("--params_end", FileNotFoundError):
@@ -728,18 +751,18 @@ def load_trajectory(args: argparse.Namespace) -> list[dict[str, Tensor]]:
 
 def extract(
     args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], model: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """PCA of the samples: basis (k, n), explained_variance_ratio (k,).
+) -> dict[str, Tensor]:
+    """PCA of the samples: "basis" (k, n), "explained_variance_ratio" (k,).
 
     `model` is put where training in the subspace starts: at the first sample, unless --pretrained
     named another start.
     """
-    start = {name: value.clone() for name, value in model.state_dict().items()}
     numbers = range(args.params_start, args.params_end, args.params_stride)
     with refusing():
         for number, sample in zip(numbers, samples, strict=True):
-            load_into(model, sample, args.save_dir / f"{number}.pt", args.arch)
-    model.load_state_dict(start if args.pretrained else samples[0])
+            check_fits(sample, model, args.save_dir / f"{number}.pt", args.arch)
+    if not args.pretrained:
+        load_into(model, samples[0])
     with refusing("--n_components"):
         names = [name for name, _ in model.named_parameters()]
         basis, ratios = pca(samples, args.n_components, names=names, device=args.device)
@@ -747,7 +770,7 @@ def extract(
         f"subspace: {len(basis)} directions, {ratios.sum():.2%} of the variance of "
         f"{len(samples)} samples ({shorten(numbers)})"
     )
-    return basis, ratios
+    return {"basis": basis, "explained_variance_ratio": ratios}
 
 
 def restore(args: argparse.Namespace, directory: Path, state: dict[str, Any]) -> list[dict]:
@@ -757,37 +780,66 @@ def restore(args: argparse.Namespace, directory: Path, state: dict[str, Any]) ->
         return []
     with refusing("--resume"):
         checkpoint = read(file)
-        if not isinstance(checkpoint, dict) or not {"states", "rows"} <= set(checkpoint):
+        if not isinstance(checkpoint, dict) or not {"states", "rows"} <= checkpoint.keys():
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
-        check_same(args, checkpoint["arguments"], file)
-        load_into(state["model"], checkpoint["states"]["model"], file, args.arch)
-        for name in state.keys() - {"model"}:
-            state[name].load_state_dict(checkpoint["states"][name])
+        check_same(args, checkpoint["arguments"], RESUMED, file)
+        check_fits(checkpoint["states"]["model"], state["model"], file, args.arch)
+    load_into(state["model"], checkpoint["states"]["model"])
+    for name in state.keys() - {"model"}:
+        state[name].load_state_dict(checkpoint["states"][name])
     print(f"{file}: {checkpoint['epoch']} epochs are done")
     return checkpoint["rows"]
 
 
+def clear(args: argparse.Namespace, directory: Path) -> None:
+    """Remove the files of an earlier run of which nothing is resumed, where the options allow it.
+
+    --resume without a checkpoint.pt may be a run that was stopped early: it starts again, if the
+    files it left are of the same experiment.
+    """
+    names = ("metrics.jsonl", "checkpoint.pt", "model.th", "basis.npz")
+    earlier = [directory / name for name in names]
+    earlier += [file for file in directory.glob("*.pt") if file.stem.isdecimal()]
+    earlier = [file for file in earlier if file.exists()]
+    if not earlier:
+        return
+    if not args.overwrite:
+        if not args.resume:
+            refuse(f"--save-dir: {directory} holds a run; go on with --resume, or --overwrite it")
+        check_config(args, directory / "config.json")
+    for file in earlier:
+        file.unlink()
+
+
+def git_commit() -> str | None:
+    """The commit these scripts are at, where git can tell."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
 def start_run(
-    args: argparse.Namespace, directory: Path, data: Data, model: nn.Module, state: dict[str, Any]
+    args: argparse.Namespace,
+    directory: Path,
+    data: Data,
+    model: nn.Module,
+    state: dict[str, Any],
+    basis: dict[str, Tensor] | None = None,
 ) -> Run:
     """Make the run's directory with its config.json, and say what is going to happen.
 
     `state` is what a checkpoint has to hold: "model", the module that is trained and tested, and
-    whatever else has a state_dict; it is loaded where --resume asks for that. An earlier run is
-    refused, unless --resume or --overwrite was given; all refusals come before the first file.
+    whatever else has a state_dict; it is loaded where --resume asks for that. `basis` is what
+    basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
     rows = restore(args, directory, state)
-    earlier = [directory / "metrics.jsonl", directory / "model.th", *directory.glob("*.pt")]
-    if earlier[0].exists() and not args.resume:
-        if not args.overwrite:
-            refuse(f"--save-dir: {directory} holds a run; go on with --resume, or --overwrite it")
-        for file in earlier:
-            file.unlink(missing_ok=True)
-    with refusing("--save-dir"):
-        directory.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    if not rows:
+        clear(args, directory)
+    elif basis and (directory / "basis.npz").exists():
+        saved = np.load(directory / "basis.npz")["explained_variance_ratio"]
+        if not np.allclose(saved, basis["explained_variance_ratio"].cpu(), rtol=1e-3):
+            refuse(f"--resume: {directory} was of other samples than there are now; --overwrite it")
     config = {
-        "command": sys.argv,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "arch": args.arch,
         "n": sum(parameter.numel() for parameter in model.parameters()),
@@ -800,9 +852,13 @@ def start_run(
         "threads": torch.get_num_threads(),
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         | {"python": platform.python_version()},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "commit": git_commit(),
     }
-    save(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    with refusing("--save-dir"):
+        directory.mkdir(parents=True, exist_ok=True)
+        save(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    if basis and not rows:
+        save(directory / "basis.npz", basis)
     print(
         f"{directory}: {args.arch}, {config['n']:,} parameters; {args.datasets}, "
         f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
@@ -851,7 +907,7 @@ def evaluate_only(
     model = make_model(args, build, data)
     if not args.pretrained:
         with refusing("--evaluate"):
-            load_into(model, state_dict_in(file), file, args.arch)
+            load_file(args, model, file)
     row = evaluate(model, data.test, args.half)
     print(f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2f} %")
     return row
@@ -933,8 +989,6 @@ def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
     }
     save(run.directory / "model.th", content)
     states = {name: part.state_dict() for name, part in run.state.items()}
-    arguments = {
-        name: getattr(run.args, name) for name in EXPERIMENT + SUBSPACE if name in run.args
-    }
+    arguments = {name: getattr(run.args, name) for name in RESUMED if name in run.args}
     content |= {"states": states, "rows": run.rows, "arguments": arguments}
     save(run.directory / "checkpoint.pt", content)

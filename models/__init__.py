@@ -8,11 +8,10 @@ from models.subspace import Subspace
 
 __all__ = ["ARCHITECTURES", "Subspace", "build"]
 
-# Two of torchvision's networks return a tuple of auxiliary outputs in training unless told not to.
-NO_AUXILIARY = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
-}
+# These two return auxiliary outputs in training unless told not to, initialise by a slow library
+# function unless told which, and take images normalised as their weights want only when told so.
+INCEPTION = {"aux_logits": False, "init_weights": True, "transform_input": True}
+SETTINGS = {"googlenet": INCEPTION, "inception_v3": INCEPTION}
 
 OWN = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110, 1202)}
 ARCHITECTURES = (*OWN, *torchvision.models.list_models(module=torchvision.models))
@@ -29,5 +28,5 @@ def build(arch: str, num_classes: int, **kwargs) -> nn.Module:
         )
     if arch in OWN:
         return resnet_cifar.ResNet(OWN[arch], num_classes, **kwargs)
-    kwargs = NO_AUXILIARY.get(arch, {}) | kwargs
+    kwargs = SETTINGS.get(arch, {}) | kwargs
     return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **kwargs)

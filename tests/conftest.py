@@ -7,13 +7,10 @@ import torch
 
 import train_sgd
 
+# Sums are in the same order on every machine, so bit-equality means something.
+torch.set_num_threads(2)
+
 DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    """Sums are in the same order on every machine, so bit-equality means something."""
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

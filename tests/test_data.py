@@ -144,17 +144,22 @@ def test_padding_is_black_before_normalisation():
 
 
 def test_flip_and_crop_are_fair():
-    split = random_split(4000, size=4)
-    images = Images(split, DATASETS["CIFAR10"], 4000, "cpu", seed=0)
-    random = utils.random_stream(0, "epoch", 5)
-    order = random.permutation(4000)
-    top, left = random.integers(9, size=(2, 4000))
-    flips = random.integers(2, size=4000)
-    assert stats.binomtest(int(flips.sum()), 4000).pvalue > 1e-3
-    for offsets in (top, left):
-        assert stats.chisquare(np.bincount(offsets, minlength=9)).pvalue > 1e-3
-    ((_, labels),) = images.epoch(5)
-    assert torch.equal(labels, split.labels[order]), "these are the draws the epoch uses"
+    """χ² of where 4,000 images were cut, read off pixels that hold their row and column."""
+    pixels = torch.zeros(4000, 3, 16, 16, dtype=torch.uint8)
+    pixels[:, 0] = 1 + torch.arange(16)[:, None]
+    pixels[:, 1] = 1 + torch.arange(16)
+    dataset = DATASETS["CIFAR10"]._replace(mean=(0, 0, 0), std=(1 / 255,) * 3)
+    images = Images(Split(pixels, torch.arange(4000), []), dataset, 4000, "cpu", seed=0)
+    ((cut, _),) = images.epoch(5)
+    row, column, right = cut[:, 0, 8, 8], cut[:, 1, 8, 7], cut[:, 1, 8, 8]
+    flipped = right < column
+    top, left = row - 9, torch.where(flipped, column - 9, column - 8)
+    assert stats.binomtest(int(flipped.sum()), 4000).pvalue > 1e-3
+    for offset in (top, left):
+        assert set(offset.unique().tolist()) == set(range(-4, 5))
+        assert stats.chisquare(torch.bincount((offset + 4).long(), minlength=9)).pvalue > 1e-3
+    independent = stats.contingency.crosstab(top.numpy(), left.numpy(), flipped.numpy()).count
+    assert stats.chisquare(independent.flatten()).pvalue > 1e-3
 
 
 def test_an_epoch_is_a_function_of_seed_and_number():
@@ -176,6 +181,16 @@ def test_an_epoch_is_a_function_of_seed_and_number():
         assert torch.equal(
             torch.cat([labels for _, labels in batches]).sort()[0], split.labels.sort()[0]
         )
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "sizes"),
+    [(9, 4, [4, 5]), (8, 4, [4, 4]), (10, 4, [4, 4, 2]), (1, 4, [1]), (3, 1, [1, 2]), (4, 9, [4])],
+)
+def test_a_lone_last_image_joins_the_batch_before(n, size, sizes):
+    assert utils.batch_sizes(n, size) == sizes
+    images = Images(random_split(n), DATASETS["digits"], size, "cpu", 1)
+    assert [len(labels) for _, labels in images.epoch(0)] == sizes
 
 
 def test_without_seed_images_come_in_order_and_only_normalised():

@@ -74,7 +74,7 @@ def test_a_training_step_stays_on_the_device(fake, monkeypatch):
     assert all(value.device.type == "cuda" for value in subspace.export().values())
 
 
-def test_the_line_search_moves_only_on_the_device(fake, monkeypatch):
+def test_the_line_search_moves_only_on_the_device(fake):
     """The whole of PBFGS.step twice, with the comparison of losses answered for it."""
     z = torch.nn.Parameter(torch.zeros(4, device="cuda"))
     optimizer = PBFGS([z])

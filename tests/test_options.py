@@ -40,6 +40,8 @@ BAD_VALUES = [
     (ALL, "--workers -1", "--workers"),
     (ALL, "--save-every 0", "--save-every: '0' is not a whole number from 1"),
     (ALL, "--randomseed -1", "--randomseed"),
+    (ALL, "--randomseed 99999999999999999999", "is not a whole number from 0 to 2³¹ − 1"),
+    (ALL, "--batch-size 99999999999999999999", "is not a whole number from 1 to 2³¹ − 1"),
     (ALL, "--weight-decay inf", "--weight-decay/--wd: 'inf' is not a number from 0"),
     (ALL, "--device tpu", "--device: invalid choice: 'tpu' (choose from"),
     (ALL, "--image-size 0", "--image-size: '0' is not a whole number from 1"),
@@ -55,7 +57,7 @@ BAD_VALUES = [
     ((SGD, PSGD), "--momentum 2", "--momentum: '2' is not a number from 0 to 1"),
     ((SGD, PSGD), "--milestones 3.5", "--milestones: '3.5' is not a whole number from 0"),
     ((SGD,), "--optimizer adamw", "--optimizer: invalid choice: 'adamw' (choose from"),
-    ((SGD,), "--pretrained", "--pretrained"),
+    ((SGD,), "--pretrained", "torchvision has no weights for resnet8; name a file"),
     ((SGD,), "--arch alexnet", "--arch alexnet: cannot take images of 8 × 8 pixels"),
     ((PSGD, PBFGS), "--n_components 0", "is not a whole number from 1, or a fraction"),
     ((PSGD, PBFGS), "--n_components 1.5", "is not a whole number from 1, or a fraction"),
@@ -174,15 +176,60 @@ def test_broken_files(what, name, sampled, tmp_path, refused, monkeypatch):
     assert files(tmp_path) == before, "nothing written, and no code run"
 
 
-def test_resume_of_another_experiment(sampled, refused, tmp_path):
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_resume_of_another_experiment(checkpoint, sampled, refused, tmp_path):
+    """Also where the run was stopped before its first checkpoint: its samples must not mix."""
     run = shutil.copytree(sampled, tmp_path / "run")
+    if not checkpoint:
+        (run / "checkpoint.pt").unlink()
+    before = files(run)
     line = refused(SGD.main, [*DIGITS, "--corrupt", "0.1", "--save-dir", run, "--resume"])
     assert "--corrupt: 0.1 here, 0.0 in" in line
+    assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (SGD, "--optimizer adam", "--optimizer: adam here, sgd in"),
+        (SGD, "--momentum 0", "--momentum: 0.0 here, 0.9 in"),
+        (PSGD, "--n_components 2", "--n_components: 2 here, 3 in"),
+        (PSGD, "--params_end 6", "--params_end: 6 here, 7 in"),
+        (PBFGS, "--alpha 0.1", "--alpha: 0.1 here, 0.0 in"),
+    ],
+)
+def test_resume_with_other_options(script, options, message, sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    base = [*DIGITS, "--save-dir", str(run), "--epochs", "7"]
+    if script is not SGD:
+        base += ["--params_end", "7", "--n_components", "3"]
+        script.main([*base, "--epochs", "1"])
+    before = files(run)
+    assert message in refused(script.main, [*base, *options.split(), "--resume"])
+    assert files(run) == before
+
+
+def test_resume_after_the_trajectory_changed(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    options = [*DIGITS, "--save-dir", str(run), "--params_end", "4", "--n_components", "3"]
+    PSGD.main([*options, "--epochs", "1"])
+    SGD.main([*options[:-4], "--epochs", "3", "--lr", "0.02", "--overwrite"])
+    assert "was of other samples" in refused(PSGD.main, [*options, "--epochs", "2", "--resume"])
+
+
+def test_samples_alone_are_not_overwritten_and_other_files_never(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "notes.pt").write_text("mine")
+    options = [*DIGITS, "--epochs", "1", "--save-dir", run]
+    assert "--overwrite" in refused(SGD.main, options)
+    SGD.main([str(option) for option in options] + ["--overwrite"])
+    assert {file.name for file in run.glob("*.pt")} == {"0.pt", "1.pt", "checkpoint.pt", "notes.pt"}
 
 
 def test_a_config_that_is_no_json(sampled, refused, tmp_path):
     run = shutil.copytree(sampled, tmp_path / "run")
-    for content in ("{", json.dumps({"arch": "resnet8"})):
+    for content in ("{", "[]", json.dumps({"arch": "resnet8"})):
         (run / "config.json").write_text(content)
         line = refused(PSGD.main, [*DIGITS, "--save-dir", run, "--params_end", "7"])
         assert str(run / "config.json") in line
@@ -217,21 +264,22 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("size", [8, 80])
-def test_image_folders_that_are_not_whole(size, folder, refused, tmp_path):
+def test_image_folders_that_are_not_whole(size, workers, folder, refused, tmp_path):
     options = ["--datasets", "ImageFolder", "--data-dir", folder, "--image-size", size]
-    options += ["--arch", "resnet8", "--save-dir", tmp_path / "run", "--workers", "0"]
+    options += ["--arch", "resnet8", "--save-dir", tmp_path / "run", "--workers", workers]
     image = folder / "train" / "dog" / "0.png"
     image.write_text("no image")
-    if size == 8:
-        assert f"{image}: not a readable image" in refused(SGD.main, options)
+    (folder / "train" / "cat" / "1.png").write_bytes(b"")
+    assert refused(SGD.main, options).endswith(".png: not a readable image")
     image.unlink()
     assert "dog" in refused(SGD.main, options)
     (folder / "train" / "dog").rmdir()
     assert "in training or test only: dog" in refused(SGD.main, options)
     shutil.rmtree(folder / "test")
     assert f"{folder}/test or {folder}/val" in refused(SGD.main, options)
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_report_of_nothing(refused, tmp_path):

@@ -279,10 +279,10 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys):
     first = utils.state_dict_in(tmp_path / "0.pt")
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
-    assert "left as initialised: ['fc.bias', 'fc.weight']" in capsys.readouterr().out
+    assert "left as initialised: fc.bias, fc.weight" in capsys.readouterr().out
 
 
-def test_half_computes_in_bfloat16_and_keeps_float32(tmp_path, batch):
+def test_half_computes_in_bfloat16_and_keeps_float32(batch):
     kinds = []
     model = models.build("resnet8", 10)
     hook = model.conv1.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
@@ -295,6 +295,115 @@ def test_half_computes_in_bfloat16_and_keeps_float32(tmp_path, batch):
     assert loss.item() == pytest.approx(full.item(), rel=0.02)
     loss.backward()
     assert model.conv1.weight.grad.dtype == torch.float32
+
+
+def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
+    """Both losses of the Armijo condition equal those of the network run in float32."""
+    model = models.build("resnet8", 10)
+    utils.load_into(model, utils.state_dict_in(sampled / "6.pt"))
+    subspace = models.Subspace(model, torch.nn.functional.normalize(torch.randn(1, 75290)))
+    args = train_pbfgs.argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
+    images, labels = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
+    compared = []
+
+    class Spy(train_pbfgs.PBFGS):
+        def step(self, evaluate, loss):
+            compared.extend([loss, evaluate()])
+            return super().step(evaluate, loss)
+
+    step = train_pbfgs.make_step(args, subspace.train(), Spy([subspace.coordinates]), None)
+    with train_pbfgs.frozen_statistics(model), torch.no_grad():
+        full, _ = utils.cross_entropy(subspace, images, labels, half=False)
+    step(images, labels)
+    assert compared == [full, full]
+
+
+def test_options_of_pbfgs_reach_the_training(copy, monkeypatch):
+    """--alpha leaves the plane, --half runs bfloat16, --accumulate makes fewer steps."""
+    options = [*SUBSPACE, "--epochs", "1", "--save-dir", str(copy), "--overwrite"]
+    names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
+
+    def outside() -> float:
+        start, end = (utils.state_dict_in(copy / name) for name in ("0.pt", "pbfgs/model.th"))
+        moved = torch.cat([(end[name] - start[name]).flatten() for name in names])
+        basis = torch.from_numpy(np.load(copy / "pbfgs" / "basis.npz")["basis"])
+        return float((moved - moved @ basis.T @ basis).norm() / moved.norm())
+
+    calls = []
+    real = utils.cross_entropy
+
+    def spy(model, images, labels, half):
+        if torch.is_grad_enabled():
+            calls.append((len(images), half))
+        return real(model, images, labels, half)
+
+    monkeypatch.setattr(utils, "cross_entropy", spy)
+    train_pbfgs.main(options)
+    assert outside() < 1e-4
+    assert calls == [(256, False)] * 5 + [(157, False)]
+    calls.clear()
+    train_pbfgs.main([*options, "--alpha", "0.1", "--half", "--accumulate", "4"])
+    assert outside() > 0.01
+    assert [half for _, half in calls] == [True] * 6
+    assert torch.load(copy / "pbfgs" / "checkpoint.pt", weights_only=True)["states"]["residual"]
+
+
+def test_training_loss_is_reported_without_the_penalty(copy):
+    """Where nothing has moved yet, --weight-decay does not show in the loss."""
+    options = [*SUBSPACE, "--epochs", "1", "--save-dir", str(copy), "--overwrite"]
+    psgd = [train_psgd.main([*options, "--lr", "0", "--wd", wd])["train_loss"] for wd in "05"]
+    assert psgd[0] == psgd[1]
+    whole = [*options, "--batch-size", "2000"]
+    pbfgs = [train_pbfgs.main([*whole, "--wd", wd])["train_loss"] for wd in "05"]
+    assert pbfgs[0] == pbfgs[1]
+
+
+def test_imagenet_has_30_trials(monkeypatch):
+    """As published; seen where the optimizer is made, after a loading that is stubbed out."""
+    network = torch.nn.Linear(2, 2)
+    basis = {"basis": torch.eye(6)[:2], "explained_variance_ratio": torch.ones(2)}
+    for name, result in {"load_trajectory": [], "load_data": None, "make_model": network,
+                         "extract": basis}.items():  # fmt: skip
+        monkeypatch.setattr(utils, name, lambda *args, result=result: result)
+
+    class StopError(Exception):
+        pass
+
+    def stop(args, directory, data, model, state, basis):
+        raise StopError(state["optimizer"].defaults["max_trials"])
+
+    monkeypatch.setattr(utils, "start_run", stop)
+    for datasets, trials in (("ImageNet", "30"), ("CIFAR10", "20")):
+        with pytest.raises(StopError, match=trials):
+            train_pbfgs.main(["--datasets", datasets])
+
+
+def test_networks_with_a_version_load(tmp_path):
+    """torchvision's MNASNet refuses a plain state dict; ours are copied in."""
+    options = ["--datasets", "ImageFolder", "--arch", "mnasnet0_5"]
+    file = tmp_path / "0.pt"
+    torch.manual_seed(0)
+    utils.save(file, models.build("mnasnet0_5", 10).state_dict())
+    model = models.build("mnasnet0_5", 10)
+    utils.load_file(utils.parse(train_sgd.options(), options), model, file)
+    assert same(model.state_dict(), utils.state_dict_in(file))
+
+
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    train_sgd.main([*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
+
+
+def test_report_counts_what_was_sampled(copy):
+    samples = ["--params_end", "6", "--params_stride", "3", "--n_components", "0.5"]
+    train_psgd.main([*SUBSPACE, *samples, "--epochs", "2", "--save-dir", str(copy)])
+    table = report.main([str(copy)])
+    assert [row[1:5] for row in table] == [
+        ["SGD", "n", "6", "6"],
+        ["SGD to the last sample", "n", "3", "3"],
+        ["P-SGD", "1", "2", "5"],
+    ]
 
 
 def test_label_noise_is_the_same_in_all_three_scripts(tmp_path, monkeypatch):
