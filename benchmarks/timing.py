@@ -1,0 +1,59 @@
+"""What the benchmarks share: alternating timings, the machine in a line, tables and JSON."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def machine() -> str:
+    """Processor, cores torch uses, versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    )
+    return f"{device}, {torch.get_num_threads()} threads, {versions}"
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], object]], repetitions: int
+) -> dict[str, list[float]]:
+    """Seconds of each function, in turn A B C A B C …, so that all see the machine's moods alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repetition:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(values: Sequence[float], unit: float = 1e-3) -> str:
+    """Median and quartiles, in units of `unit` seconds."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle / unit:.1f} ({low / unit:.1f}–{high / unit:.1f})"
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
+    """Print a Markdown table and write it beside this file as JSON."""
+    print(f"\n### {title}\n\n{machine()}. {note}\n")
+    for row in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(row)} |")
+    content = {"title": title, "machine": machine(), "note": note}
+    content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    name = title.split(":")[0].replace(" ", "_").lower()
+    directory = Path(__file__).parent / "results"
+    directory.mkdir(exist_ok=True)
+    (directory / f"{name}.json").write_text(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    )
