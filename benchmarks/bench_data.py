@@ -62,7 +62,7 @@ def main() -> None:
         ratio = f"{baseline / statistics.median(values):.1f}"
         rows.append([name, f"{middle} ({low}–{high})", ratio])
     columns = ["pipeline", "images/s", "× the first"]
-    note = f"Median (range) of {args.repetitions} alternating epochs of {args.images:,} images, 32 × 32."
+    note = f"Median (range) of {args.repetitions} alternating epochs, {args.images:,} images."
     show("data: flip, pad 4, crop, normalise", columns, rows, note)
 
 

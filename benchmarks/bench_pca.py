@@ -100,7 +100,7 @@ def main() -> None:
                 row += [f"ended by signal or error {done.returncode}", "", "", ""]
             rows.append(row)
     columns = ["T", "n", "k", "method", "seconds", "peak GB", "basis GB", "‖PPᵀ − I‖"]
-    note = f"Median (range) of {args.repetitions} processes, files in the page cache; peak over imports."
+    note = f"Median (range) of {args.repetitions} processes, files cached; peak beside the imports."
     show(f"pca {args.arch}: samples on disk to basis in memory", columns, rows, note)
 
 

@@ -80,17 +80,10 @@ def main() -> None:
         measure(side, batch, args.k, max(5, int(args.repetitions * more)), args.arch)
         for side, batch, more in cases
     ]
-    columns = [
-        "images, batch",
-        "network ms",
-        "P-SGD ms",
-        "× limit",
-        "P-BFGS ms",
-        "trials",
-        "× limit ",
-    ]
-    show(f"step: {args.arch}, k = {args.k}", columns, rows,
-         "Median (quartiles) of alternating repetitions; the network is forward and backward.")  # fmt: skip
+    columns = ["images, batch", "network ms", "P-SGD ms", "P-SGD × limit", "P-BFGS ms"]
+    columns += ["trials", "P-BFGS × limit"]
+    note = "Median (quartiles) of alternating repetitions; the network is forward and backward."
+    show(f"step: {args.arch}, k = {args.k}", columns, rows, note)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def machine() -> str:
 def alternate(
     functions: Mapping[str, Callable[[], object]], repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of each function, in turn A B C A B C …, so that all see the machine's moods alike."""
+    """Seconds of each function, in turn A B C A B C …, so all see the machine alike."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 1):
         for name, function in functions.items():
