@@ -244,17 +244,13 @@ def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int)
     return corrupted
 
 
-def crop_and_flip(
-    padded: Tensor, which: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: int
-) -> Tensor:
-    """Cut padded[which[i]] to size × size at (top[i], left[i]), and mirror it where flip[i].
+def crop(padded: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """Cut padded[which[i]] to size × size at (top[i], left[i]): (N, C, H, W) to (B, C, size, size).
 
-    `padded` is (N, C, H, W), the other tensors (B,); the result is (B, C, size, size). One index
-    into a view of all windows: a batch costs one gather, wherever each of its images is cut.
+    One index into a view of all windows: a batch is one gather, wherever each image is cut.
     """
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)
-    crops = windows[which, :, top, left]
-    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
+    return windows[which, :, top, left]
 
 
 def batch_sizes(n: int, size: int) -> list[int]:
@@ -274,8 +270,10 @@ class Images:
     ) -> None:
         self.size = split.images.shape[-1]
         self.padding = dataset.padding if seed is not None else 0
-        self.flip = dataset.flip
+        self.flip = dataset.flip and seed is not None
         self.images = F.pad(split.images.to(device), [self.padding] * 4)
+        if self.flip:  # twice the memory for half the time of mirroring batch by batch
+            self.images = torch.cat([self.images, self.images.flip(3)])
         self.labels = split.labels.to(device)
         self.batch_size = batch_size
         self.seed = seed
@@ -296,10 +294,11 @@ class Images:
             top, left = random.integers(2 * self.padding + 1, size=(2, n))
             flip = random.integers(2, size=n) * self.flip
         # The epoch's one transfer to the device.
-        draws = torch.from_numpy(np.stack([which, top, left, flip])).to(self.labels.device)
-        for which, top, left, flip in draws.split(batch_sizes(n, self.batch_size), dim=1):
-            images = crop_and_flip(self.images, which, top, left, flip.bool(), self.size)
-            yield (images * self.scale).add_(self.shift), self.labels[which]
+        draws = torch.from_numpy(np.stack([which, which + n * flip, top, left]))
+        draws = draws.to(self.labels.device)
+        for which, *where in draws.split(batch_sizes(n, self.batch_size), dim=1):
+            images = crop(self.images, *where, self.size).to(torch.float32)
+            yield images.mul_(self.scale).add_(self.shift), self.labels[which]
 
 
 class ImageFiles:

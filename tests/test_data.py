@@ -15,7 +15,7 @@ from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
 import utils
-from utils import DATASETS, Images, Split, corrupt_labels, crop_and_flip
+from utils import DATASETS, Images, Split, corrupt_labels, crop
 
 
 def arguments(**options):
@@ -100,12 +100,25 @@ def test_crops_equal_slicing_each_image(size, padding, batch, seed):
     padded = torch.from_numpy(random.integers(256, size=(5, 3, side, side), dtype=np.uint8))
     which = torch.from_numpy(random.integers(5, size=batch))
     top, left = torch.from_numpy(random.integers(2 * padding + 1, size=(2, batch)))
-    flip = torch.from_numpy(random.integers(2, size=batch)).bool()
-    crops = crop_and_flip(padded, which, top, left, flip, size)
+    crops = crop(padded, which, top, left, size)
     for i in range(batch):
         rows, columns = slice(top[i], top[i] + size), slice(left[i], left[i] + size)
-        expected = padded[which[i], :, rows, columns]
-        assert torch.equal(crops[i], expected.flip(-1) if flip[i] else expected)
+        assert torch.equal(crops[i], padded[which[i], :, rows, columns])
+
+
+def test_mirrored_images_equal_flipping_each():
+    """An epoch with flips is the epoch without, each image mirrored or not after its crop."""
+    split, dataset = random_split(60), DATASETS["CIFAR10"]
+    ((mirrored, _),) = Images(split, dataset, 60, "cpu", 1).epoch(3)
+    random = utils.random_stream(1, "epoch", 3)
+    order, (top, left) = random.permutation(60), random.integers(9, size=(2, 60))
+    flips = random.integers(2, size=60)
+    padded = torch.nn.functional.pad(split.images, [4] * 4)
+    for i, position in enumerate(order):
+        image = padded[position].flip(-1) if flips[i] else padded[position]
+        image = image[:, top[i] : top[i] + 8, left[i] : left[i] + 8] / 255
+        expected = transforms.Normalize(dataset.mean, dataset.std)(image)
+        torch.testing.assert_close(mirrored[i], expected)
 
 
 def test_every_window_of_the_padded_image_and_no_other():
