@@ -10,7 +10,6 @@ import platform
 import subprocess
 import sys
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -491,14 +490,14 @@ def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------ trajectory and PCA
 
-COLUMNS = 2**18  # parameters of all samples that PCA holds in float64 at a time
+BLOCK = 2**24  # numbers of all samples together that PCA holds in float64 at a time
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def load_samples(
     save_dir: str | Path, start: int, end: int, stride: int = 1
-) -> list[dict[str, Tensor]]:
-    """The state dicts start.pt, … below end, mapped into memory: read only where touched.
+) -> list[Mapping[str, Tensor]]:
+    """The state dicts start.pt, … below end, read only where and when they are used.
 
     Raises FileNotFoundError that says which are missing and which are there, and ValueError for a
     file that is not whole.
@@ -510,7 +509,8 @@ def load_samples(
         there = sorted(int(f.stem) for f in save_dir.glob("*.pt") if f.stem.isdecimal())
         there = f"there are {shorten(there)}" if there else "there are none"
         raise FileNotFoundError(f"{save_dir} lacks the samples {shorten(missing)}; {there}")
-    return [state_dict_in(file) for file in files]
+    samples = [Sample(file) for file in files]
+    return [s if s.has_places() else state_dict_in(s.file) for s in samples]
 
 
 def shorten(numbers: Sequence[int]) -> str:
@@ -518,22 +518,85 @@ def shorten(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, [*numbers[:2], "…", numbers[-1]] if len(numbers) > 3 else numbers))
 
 
+class Sample(Mapping):
+    """A state dict in a file, of which a tensor, or a part of one, is read when it is asked for.
+
+    `torch.load(mmap=True)` would map whole files, which count as memory used once they are touched.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.entries = state_dict_in(file, "meta")  # shapes, and where in the file the values are
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        span = 1 + sum((n - 1) * step for n, step in zip(entry.shape, entry.stride(), strict=True))
+        return self._read(entry, 0, span).as_strided(entry.shape, entry.stride())
+
+    def has_places(self) -> bool:
+        """Whether torch told where the values are: it does not for what torch < 1.6 wrote."""
+        storages = (entry.untyped_storage() for entry in self.entries.values())
+        return None not in [getattr(s, "_checkpoint_offset", None) for s in storages]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Like self[name].reshape(-1)[start:stop]."""
+        entry = self.entries[name]
+        if entry.is_contiguous():
+            return self._read(entry, start, stop)
+        return self[name].reshape(-1)[start:stop]
+
+    def _read(self, entry: Tensor, start: int, stop: int) -> Tensor:
+        size = entry.element_size()
+        place = entry.untyped_storage()._checkpoint_offset + (entry.storage_offset() + start) * size
+        values = np.fromfile(self.file, np.uint8, (stop - start) * size, offset=place)
+        return torch.from_numpy(values).view(entry.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def part_of(sample: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    """Some numbers of a tensor, from memory or file."""
+    if isinstance(sample, Sample):
+        return sample.part(name, start, stop)
+    return sample[name].reshape(-1)[start:stop]
+
+
 def column_blocks(
     samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: Any
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The samples about their mean, T rows and ≤ COLUMNS columns at a time; and which columns."""
-    column = 0
-    for name in names:
-        rows = [sample[name].reshape(-1) for sample in samples]
-        for parts in zip(*(row.split(COLUMNS) for row in rows), strict=True):
-            block = torch.stack(parts).to(device, torch.float64)
-            yield slice(column, column + block.shape[1]), block - block.mean(0)
-            column += block.shape[1]
+    """The T samples about their mean, ≤ BLOCK / T columns (and which) at a time.
+
+    A block is good until the next one is taken: it is the same memory, since fresh pages for
+    every block were measured to cost more than the arithmetic.
+    """
+    width = max(1, BLOCK // len(samples))
+    block = torch.empty(len(samples), width, dtype=torch.float64, device=device)
+    sizes = [samples[0][name].numel() for name in names]
+    column = filled = 0
+    bar = tqdm(None, "PCA", sum(sizes), unit="columns", unit_scale=True, disable=None, leave=False)
+    for name, size in zip(names, sizes, strict=True):
+        done = 0
+        while done < size:
+            taken = min(size - done, width - filled)
+            for row, sample in zip(block, samples, strict=True):
+                row[filled : filled + taken] = part_of(sample, name, done, done + taken)
+            done, filled = done + taken, filled + taken
+            if filled == width or column + filled == sum(sizes):
+                columns = block[:, :filled]
+                columns -= columns.mean(0)
+                yield slice(column, column + filled), columns
+                bar.update(filled)
+                column, filled = column + filled, 0
+    bar.close()
 
 
 def orthonormalise(basis: Tensor) -> None:
     """Gram–Schmidt in place on rows (k, n) that are nearly orthonormal, from the first one on."""
-    blocks = basis.split(COLUMNS, dim=1)
+    blocks = basis.split(max(1, BLOCK // len(basis)), dim=1)
     gram = sum(block.double() @ block.double().T for block in blocks)
     factor = torch.linalg.cholesky(gram)
     for block in blocks:
@@ -570,7 +633,9 @@ def pca(
     if n_components > most:
         raise ValueError(f"{n_components} of {len(samples)} samples; allowed: at most {most}")
 
-    gram = sum(block @ block.T for _, block in column_blocks(samples, names, device))
+    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=device)
+    for _, block in column_blocks(samples, names, device):
+        gram.addmm_(block, block.T)
     if not gram.isfinite().all():
         raise ValueError("the samples hold values that are not finite")
     variances, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
@@ -584,11 +649,15 @@ def pca(
 
     weights = vectors[:, :k] / variances[:k].sqrt()
     basis = torch.empty(k, parameters, dtype=samples[0][names[0]].dtype, device=device)
+    product = torch.empty(0, dtype=torch.float64, device=device)
     for columns, block in column_blocks(samples, names, device):
-        basis[:, columns] = weights.T @ block
-    orthonormalise(basis)
+        basis[:, columns] = torch.mm(weights.T, block, out=product.resize_(k, block.shape[1]))
+    if variances[k - 1] < 1e-8 * variances[0]:  # else the rounding of the variances does not show
+        orthonormalise(basis)
     for row in basis:
-        row *= row[row.abs().argmax()].sign()
+        low, high = row.aminmax()
+        if -low > high:
+            row.neg_()
     return basis, ratios[:k].to(basis)
 
 
@@ -633,26 +702,26 @@ def save(file: Path, value: Any) -> None:
             torch.save(value, stream)
 
 
-def read(file: Path) -> Any:
-    """What torch.save wrote, on the CPU; only tensors and plain values are let in, no code runs.
+def read(file: Path, device: str = "cpu") -> Any:
+    """What torch.save wrote, on the CPU, or without the values on "meta".
 
-    Raises ValueError that names the file where it is missing or not whole.
+    Only tensors and plain values are let in, no code runs. Raises ValueError that names the file
+    where it is missing or not whole.
     """
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
-    mapped = zipfile.is_zipfile(file)  # what torch < 1.6 wrote is not, and cannot be mapped
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file makes torch raise any of half a dozen kinds
         raise ValueError(f"{file}: not a whole file of tensors ({type(error).__name__})") from error
 
 
-def state_dict_in(file: Path) -> dict[str, Tensor]:
+def state_dict_in(file: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The state dict in a sample, checkpoint.pt, model.th or other weights file.
 
     DataParallel's prefix `module.` is dropped. Raises ValueError where there is none.
     """
-    state = read(file)
+    state = read(file, device)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):

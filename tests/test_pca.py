@@ -19,10 +19,10 @@ def walk(samples: int = 20, n: int = 300, dtype: type = np.float64) -> np.ndarra
     return np.cumsum(steps, axis=0).astype(dtype)
 
 
-@pytest.mark.parametrize("columns", [7, 2**18])
+@pytest.mark.parametrize("block", [20, 7 * 20, 2**24])
 @pytest.mark.parametrize("k", [1, 5, 19])
-def test_equals_scikit_learn(k, columns, monkeypatch):
-    monkeypatch.setattr(utils, "COLUMNS", columns)  # blocks smaller and larger than the samples
+def test_equals_scikit_learn(k, block, monkeypatch):
+    monkeypatch.setattr(utils, "BLOCK", block)  # one column, 7, and all of them at a time
     oracle = PCA(k, svd_solver="full").fit(walk())
     basis, ratios = utils.pca(walk(), k)
     np.testing.assert_allclose(basis, oracle.components_, atol=1e-8)
@@ -105,6 +105,29 @@ def test_load_samples_reads_the_named_ones(tmp_path):
         utils.save(tmp_path / f"{number}.pt", {"weight": torch.tensor([float(number)])})
     loaded = utils.load_samples(tmp_path, 1, 5, 2)
     assert [float(state["weight"]) for state in loaded] == [1, 3]
+
+
+@pytest.mark.parametrize("block", [3 * 100, 2**24])
+def test_samples_on_disk_give_what_they_give_in_memory(block, tmp_path, monkeypatch):
+    """Blocks that end inside and between tensors, another memory format, a view of a storage."""
+    monkeypatch.setattr(utils, "BLOCK", block)
+    torch.manual_seed(0)
+    states = []
+    for number in range(3):
+        state = dict(build("resnet8", 10).state_dict())
+        name = "layer1.0.conv1.weight"
+        state[name] = state[name].to(memory_format=torch.channels_last)
+        state["linear.bias"] = torch.randn(25)[3:23:2]
+        utils.save(tmp_path / f"{number}.pt", state)
+        states.append(state)
+    samples = utils.load_samples(tmp_path, 0, 3)
+    for sample, state in zip(samples, states, strict=True):
+        assert list(sample) == list(state)
+        for name, value in state.items():
+            assert torch.equal(sample[name], value)
+            assert sample[name].dtype == value.dtype
+    for ours, oracle in zip(utils.pca(samples, 2), utils.pca(states, 2), strict=True):
+        assert torch.equal(ours, oracle)
 
 
 def test_load_samples_names_what_is_missing_and_what_is_there(tmp_path):
