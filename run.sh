@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage='usage: ./run.sh [digits|cifar|test|lint]   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
+usage='usage: ./run.sh [digits|cifar|test|bench|lint]   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
 
 # Does interpreter $1 have what the requirements files $2 … ask for?
 has() {
@@ -99,6 +99,10 @@ cifar)
 test)
     prepare requirements.txt tests/requirements.txt
     "$python" -m pytest "${@:2}"
+    ;;
+bench)
+    prepare requirements.txt
+    for name in data pca step; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
     ;;
 lint)
     prepare requirements.txt tests/requirements.txt
