@@ -806,7 +806,7 @@ def check_config(args: argparse.Namespace, file: Path) -> None:
         check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
 
 
-def load_trajectory(args: argparse.Namespace) -> list[dict[str, Tensor]]:
+def load_trajectory(args: argparse.Namespace) -> list[Mapping[str, Tensor]]:
     """The samples the options name, once it is clear that they are of the same experiment."""
     if not args.save_dir.is_dir():
         refuse(f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it")
@@ -944,7 +944,7 @@ def cross_entropy(
     """The batch's mean loss and the network's output; `half` runs the network in bfloat16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
         output = model(images)
-    # Losses that a line search compares: in bfloat16 they err by more than the margin.
+    # In bfloat16 the loss itself would be rounded to three digits.
     return F.cross_entropy(output.float() if half else output, labels), output
 
 
@@ -988,7 +988,7 @@ def train_epoch(run: Run, step: Callable, epoch: int) -> dict[str, float]:
     run.state["model"].train()
     # Dropout and the like draw from here: a resumed run draws what an unbroken one would.
     torch.manual_seed(int(random_stream(args.randomseed, "network", epoch).integers(2**63)))
-    steps = math.ceil(len(images) / images.batch_size)
+    steps = len(batch_sizes(len(images), images.batch_size))
     name = f"epoch {epoch + 1}"
     bar = tqdm(images.epoch(epoch), name, steps, unit="batch", disable=None, leave=False)
     totals: Counter = Counter()  # sums on the device: nothing leaves it before the epoch's end

@@ -1,5 +1,6 @@
 """The data section. Oracles: explicit slicing, counts, torchvision's readers and transforms."""
 
+import argparse
 import hashlib
 import pickle
 import struct
@@ -204,6 +205,22 @@ def test_a_lone_last_image_joins_the_batch_before(n, size, sizes):
     assert utils.batch_sizes(n, size) == sizes
     images = Images(random_split(n), DATASETS["digits"], size, "cpu", 1)
     assert [len(labels) for _, labels in images.epoch(0)] == sizes
+
+
+def test_details_are_means_over_the_steps():
+    """Nine images in batches of four are two steps."""
+    images = Images(random_split(9), DATASETS["digits"], 4, "cpu", 1)
+    args = argparse.Namespace(randomseed=1, print_freq=1)
+    run = utils.Run(args, None, utils.Data(images, images, 10, 0), {"model": torch.nn.Module()}, [])
+    loss, output = torch.tensor(0.5), torch.eye(10)
+
+    def step(batch, labels):
+        return loss * len(labels), output[labels], {"trials": len(labels)}
+
+    row = utils.train_epoch(run, step, 0)
+    assert row["trials"] == 4.5
+    assert row["train_acc"] == 100
+    assert row["train_loss"] == pytest.approx((0.5 * 4 * 4 + 0.5 * 5 * 5) / 9)
 
 
 def test_without_seed_images_come_in_order_and_only_normalised():
