@@ -30,7 +30,7 @@ def results(save_dir: Path) -> list[tuple]:
     arguments, sgd = read_run(save_dir)
     experiment = f"{arguments['datasets']}, {arguments['arch']}, c = {arguments['corrupt']:g}"
     if arguments["smalldatasets"]:
-        experiment += f", {arguments['smalldatasets']:.0%} of the training images"
+        experiment += f", {100 * arguments['smalldatasets']:g} % of the training images"
 
     def row(method: str, k: int | str, rows: list[dict], sampled: list[dict]) -> tuple:
         every = sampled + rows
@@ -44,6 +44,8 @@ def results(save_dir: Path) -> list[tuple]:
     for name, method in (("pbfgs", "P-BFGS"), ("psgd", "P-SGD")):
         if (save_dir / name / "metrics.jsonl").exists():
             own, rows = read_run(save_dir / name)
+            if any(own[option] != arguments[option] for option in utils.EXPERIMENT):
+                raise ValueError(f"{save_dir / name} is not of the experiment in {save_dir}")
             last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
             sampled = [row for row in sgd if row["epoch"] <= last]
             k = len(np.load(save_dir / name / "basis.npz")["explained_variance_ratio"])

@@ -184,6 +184,8 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
         )
     args.image_size = args.image_size or dataset.image_size
+    if args.resume and args.overwrite:
+        refuse("--overwrite: not with --resume; allowed: one of them")
     if args.epochs <= args.start_epoch:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     return args
@@ -255,7 +257,7 @@ def crop(padded: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) ->
 def batch_sizes(n: int, size: int) -> list[int]:
     """The sizes of the batches of n images; one left over joins the last, to have a variance."""
     sizes = [size] * (n // size) + [n % size] * (n % size > 0)
-    return [*sizes[:-2], size + 1] if len(sizes) > 1 and sizes[-1] == 1 else sizes
+    return [*sizes[:-2], size + 1] if len(sizes) > 1 and sizes[-1] == 1 < size else sizes
 
 
 class Images:
@@ -546,6 +548,8 @@ class Sample(Mapping):
         return self[name].reshape(-1)[start:stop]
 
     def _read(self, entry: Tensor, start: int, stop: int) -> Tensor:
+        if stop <= start:
+            return torch.empty(0, dtype=entry.dtype)
         size = entry.element_size()
         place = entry.untyped_storage()._checkpoint_offset + (entry.storage_offset() + start) * size
         values = np.fromfile(self.file, np.uint8, (stop - start) * size, offset=place)
@@ -556,6 +560,12 @@ class Sample(Mapping):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of a state dict's tensors, without reading them."""
+    entries = sample.entries if isinstance(sample, Sample) else sample
+    return {name: entry.shape for name, entry in entries.items()}
 
 
 def part_of(sample: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
@@ -575,7 +585,7 @@ def column_blocks(
     """
     width = max(1, BLOCK // len(samples))
     block = torch.empty(len(samples), width, dtype=torch.float64, device=device)
-    sizes = [samples[0][name].numel() for name in names]
+    sizes = [shapes(samples[0])[name].numel() for name in names]
     column = filled = 0
     bar = tqdm(None, "PCA", sum(sizes), unit="columns", unit_scale=True, disable=None, leave=False)
     for name, size in zip(names, sizes, strict=True):
@@ -622,13 +632,15 @@ def pca(
     float32 the basis is not orthonormal (an error of 0.24 was measured).
 
     Raises ValueError where k > T − 1, where the samples do not span k directions, and where they
-    are not finite.
+    are not finite or of different shapes.
     """
     if not isinstance(samples[0], Mapping):
         samples = [{"": torch.as_tensor(sample)} for sample in samples]
     if names is None:
         names = [n for n in samples[0] if n.rpartition(".")[2] not in BATCHNORM_STATISTICS]
-    parameters = sum(samples[0][name].numel() for name in names)
+    parameters = sum(shapes(samples[0])[name].numel() for name in names)
+    if any(shapes(sample) != shapes(samples[0]) for sample in samples):
+        raise ValueError("the samples differ in their shapes")
     most = min(len(samples) - 1, parameters)
     if n_components > most:
         raise ValueError(f"{n_components} of {len(samples)} samples; allowed: at most {most}")
@@ -670,13 +682,14 @@ RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alp
 
 
 class Run(NamedTuple):
-    """A run about to train: where it writes, on what, what a checkpoint holds, the epochs done."""
+    """A run about to train: where, on what, what a checkpoint holds, the epochs done, P (k, n)."""
 
     args: argparse.Namespace
     directory: Path
     data: Data
     state: dict[str, Any]
     rows: list[dict]
+    basis: Tensor | None
 
 
 @contextlib.contextmanager
@@ -731,9 +744,9 @@ def state_dict_in(file: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
     """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
-    own = module.state_dict()
-    for name in own | dict(state):
-        if name not in own or name not in state or own[name].shape != state[name].shape:
+    own, given = shapes(module.state_dict()), shapes(state)
+    for name in own | given:
+        if own.get(name) != given.get(name):
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
 
 
@@ -841,7 +854,9 @@ def extract(
     return {"basis": basis, "explained_variance_ratio": ratios}
 
 
-def restore(args: argparse.Namespace, directory: Path, state: dict[str, Any]) -> list[dict]:
+def restore(
+    args: argparse.Namespace, directory: Path, state: dict[str, Any], basis: Tensor | None
+) -> list[dict]:
     """Load the checkpoint that --resume names into `state`; the metrics rows so far."""
     file = directory / "checkpoint.pt" if args.resume is True else Path(args.resume or "")
     if not args.resume or (args.resume is True and not file.exists()):
@@ -852,6 +867,10 @@ def restore(args: argparse.Namespace, directory: Path, state: dict[str, Any]) ->
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
         check_same(args, checkpoint["arguments"], RESUMED, file)
         check_fits(checkpoint["states"]["model"], state["model"], file, args.arch)
+        if basis is not None:
+            own, saved = start_of(basis), checkpoint["basis"]
+            if not torch.allclose(own, saved, rtol=0, atol=1e-3 * float(saved.abs().max())):
+                raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
     load_into(state["model"], checkpoint["states"]["model"])
     for name in state.keys() - {"model"}:
         state[name].load_state_dict(checkpoint["states"][name])
@@ -859,11 +878,16 @@ def restore(args: argparse.Namespace, directory: Path, state: dict[str, Any]) ->
     return checkpoint["rows"]
 
 
-def clear(args: argparse.Namespace, directory: Path) -> None:
-    """Remove the files of an earlier run of which nothing is resumed, where the options allow it.
+def start_of(basis: Tensor) -> Tensor:
+    """The first columns of P: enough to tell one plane from another."""
+    return basis[:, :1000].cpu().clone()
 
-    --resume without a checkpoint.pt may be a run that was stopped early: it starts again, if the
-    files it left are of the same experiment.
+
+def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
+    """Remove the files of an earlier run, where the options allow that.
+
+    They do with --overwrite, and with --resume where a run of the same experiment was stopped
+    before its first checkpoint.pt: then it starts again (`start_anew`).
     """
     names = ("metrics.jsonl", "checkpoint.pt", "model.th", "basis.npz")
     earlier = [directory / name for name in names]
@@ -872,7 +896,7 @@ def clear(args: argparse.Namespace, directory: Path) -> None:
     if not earlier:
         return
     if not args.overwrite:
-        if not args.resume:
+        if not start_anew or not (directory / "config.json").exists():
             refuse(f"--save-dir: {directory} holds a run; go on with --resume, or --overwrite it")
         check_config(args, directory / "config.json")
     for file in earlier:
@@ -900,13 +924,10 @@ def start_run(
     whatever else has a state_dict; it is loaded where --resume asks for that. `basis` is what
     basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
-    rows = restore(args, directory, state)
-    if not rows:
-        clear(args, directory)
-    elif basis and (directory / "basis.npz").exists():
-        saved = np.load(directory / "basis.npz")["explained_variance_ratio"]
-        if not np.allclose(saved, basis["explained_variance_ratio"].cpu(), rtol=1e-3):
-            refuse(f"--resume: {directory} was of other samples than there are now; --overwrite it")
+    rows = restore(args, directory, state, basis["basis"] if basis else None)
+    elsewhere = args.resume not in (None, True) and Path(args.resume).parent != directory
+    if not rows or elsewhere:
+        clear(args, directory, start_anew=args.resume is True)
     config = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "arch": args.arch,
@@ -925,14 +946,14 @@ def start_run(
     with refusing("--save-dir"):
         directory.mkdir(parents=True, exist_ok=True)
         save(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    if basis and not rows:
+    if basis and not (directory / "basis.npz").exists():
         save(directory / "basis.npz", basis)
     print(
         f"{directory}: {args.arch}, {config['n']:,} parameters; {args.datasets}, "
         f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
         f"{len(data.test):,} test images; {args.device}, {config['threads']} threads"
     )
-    return Run(args, directory, data, state, rows)
+    return Run(args, directory, data, state, rows, basis["basis"] if basis else None)
 
 
 # ---------------------------------------------------------------------------- the epoch loop
@@ -1059,4 +1080,5 @@ def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
     states = {name: part.state_dict() for name, part in run.state.items()}
     arguments = {name: getattr(run.args, name) for name in RESUMED if name in run.args}
     content |= {"states": states, "rows": run.rows, "arguments": arguments}
+    content["basis"] = None if run.basis is None else start_of(run.basis)
     save(run.directory / "checkpoint.pt", content)

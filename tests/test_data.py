@@ -199,7 +199,14 @@ def test_an_epoch_is_a_function_of_seed_and_number():
 
 @pytest.mark.parametrize(
     ("n", "size", "sizes"),
-    [(9, 4, [4, 5]), (8, 4, [4, 4]), (10, 4, [4, 4, 2]), (1, 4, [1]), (3, 1, [1, 2]), (4, 9, [4])],
+    [
+        (9, 4, [4, 5]),
+        (8, 4, [4, 4]),
+        (10, 4, [4, 4, 2]),
+        (1, 4, [1]),
+        (3, 1, [1, 1, 1]),
+        (4, 9, [4]),
+    ],
 )
 def test_a_lone_last_image_joins_the_batch_before(n, size, sizes):
     assert utils.batch_sizes(n, size) == sizes
@@ -211,7 +218,9 @@ def test_details_are_means_over_the_steps():
     """Nine images in batches of four are two steps."""
     images = Images(random_split(9), DATASETS["digits"], 4, "cpu", 1)
     args = argparse.Namespace(randomseed=1, print_freq=1)
-    run = utils.Run(args, None, utils.Data(images, images, 10, 0), {"model": torch.nn.Module()}, [])
+    run = utils.Run(
+        args, None, utils.Data(images, images, 10, 0), {"model": torch.nn.Module()}, [], None
+    )
     loss, output = torch.tensor(0.5), torch.eye(10)
 
     def step(batch, labels):

@@ -50,6 +50,7 @@ BAD_VALUES = [
     (ALL, "--batch 3", "unrecognized arguments: --batch"),
     (ALL, "--pretrained nowhere.th", "--pretrained: nowhere.th: there is no such file"),
     (ALL, "--resume nowhere.pt", "--resume: nowhere.pt: there is no such file"),
+    (ALL, "--resume --overwrite", "--overwrite: not with --resume"),
     (ALL, "--evaluate --save-dir nowhere", "--evaluate: nowhere"),
     ((SGD,), "--datasets ImageFolder --data-dir nowhere", "has no directory nowhere/train"),
     ((SGD, PSGD), "--lr -1", "--lr"),
@@ -214,7 +215,32 @@ def test_resume_after_the_trajectory_changed(sampled, refused, tmp_path):
     options = [*DIGITS, "--save-dir", str(run), "--params_end", "4", "--n_components", "3"]
     PSGD.main([*options, "--epochs", "1"])
     SGD.main([*options[:-4], "--epochs", "3", "--lr", "0.02", "--overwrite"])
-    assert "was of other samples" in refused(PSGD.main, [*options, "--epochs", "2", "--resume"])
+    assert "is of other samples" in refused(PSGD.main, [*options, "--epochs", "2", "--resume"])
+
+
+def test_resume_from_elsewhere_does_not_write_over_a_run(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    before = files(run)
+    options = [*DIGITS, "--epochs", "9", "--save-dir", run, "--resume", sampled / "checkpoint.pt"]
+    assert "holds a run" in refused(SGD.main, options)
+    assert files(run) == before
+
+
+def test_resume_does_not_remove_samples_it_knows_nothing_of(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "model.th"):
+        (run / name).unlink()
+    before = files(run)
+    assert "holds a run" in refused(SGD.main, [*DIGITS, "--save-dir", run, "--resume"])
+    assert files(run) == before
+
+
+def test_report_does_not_mix_experiments(sampled, refused, tmp_path):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    options = [*DIGITS, "--save-dir", str(run)]
+    PSGD.main([*options, "--params_end", "4", "--n_components", "3", "--epochs", "1"])
+    SGD.main([*options, "--epochs", "1", "--corrupt", "0.5", "--overwrite"])
+    assert "psgd is not of the experiment" in refused(report.main, [run])
 
 
 def test_samples_alone_are_not_overwritten_and_other_files_never(sampled, refused, tmp_path):

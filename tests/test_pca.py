@@ -92,6 +92,8 @@ def test_rows_are_orthonormal_and_ordered(samples, n, k, seed):
         (walk(1), 0.5, "at most 0"),
         (np.ones((5, 30)), 1, "span only 0"),
         (np.repeat(walk(3), 2, axis=0), 3, "span only 2"),
+        ([torch.ones(10), torch.zeros(12), torch.ones(10)], 1, "differ in their shapes"),
+        ([torch.ones(10), torch.zeros(1), torch.ones(10)], 1, "differ in their shapes"),
         (np.where(np.arange(300) == 7, np.nan, walk(5)), 2, "not finite"),
     ],
 )

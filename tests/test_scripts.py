@@ -186,6 +186,22 @@ def test_resume_takes_a_path_and_a_finished_run_is_left_alone(copy, tmp_path, ca
     assert (copy / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_subspace_run_goes_on_elsewhere(sampled, tmp_path):
+    """--resume PATH in a fresh copy of the trajectory: all files are there, the end is the same."""
+    ends = []
+    for name, options in (("one", []), ("two", ["--resume", str(tmp_path / "half.pt")])):
+        run = shutil.copytree(sampled, tmp_path / name)
+        base = [*SUBSPACE, "--save-dir", str(run), "--save-every", "1"]
+        if name == "one":
+            train_psgd.main([*base, "--epochs", "1"])
+            shutil.copy(run / "psgd" / "checkpoint.pt", tmp_path / "half.pt")
+            options = ["--resume"]
+        train_psgd.main([*base, *options, "--epochs", "2"])
+        assert (run / "psgd" / "basis.npz").exists()
+        ends.append(utils.state_dict_in(run / "psgd" / "model.th"))
+    assert same(*ends)
+
+
 def test_overwrite_removes_the_earlier_run(copy):
     train_sgd.main([*DIGITS, "--epochs", "2", "--save-dir", str(copy), "--overwrite"])
     assert sorted(file.name for file in copy.glob("[0-9]*.pt")) == ["0.pt", "1.pt", "2.pt"]
