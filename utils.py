@@ -585,7 +585,8 @@ def column_blocks(
     """
     width = max(1, BLOCK // len(samples))
     block = torch.empty(len(samples), width, dtype=torch.float64, device=device)
-    sizes = [shapes(samples[0])[name].numel() for name in names]
+    first = shapes(samples[0])
+    sizes = [first[name].numel() for name in names]
     column = filled = 0
     bar = tqdm(None, "PCA", sum(sizes), unit="columns", unit_scale=True, disable=None, leave=False)
     for name, size in zip(names, sizes, strict=True):
@@ -638,8 +639,9 @@ def pca(
         samples = [{"": torch.as_tensor(sample)} for sample in samples]
     if names is None:
         names = [n for n in samples[0] if n.rpartition(".")[2] not in BATCHNORM_STATISTICS]
-    parameters = sum(shapes(samples[0])[name].numel() for name in names)
-    if any(shapes(sample) != shapes(samples[0]) for sample in samples):
+    first = shapes(samples[0])
+    parameters = sum(first[name].numel() for name in names)
+    if any(shapes(sample) != first for sample in samples):
         raise ValueError("the samples differ in their shapes")
     most = min(len(samples) - 1, parameters)
     if n_components > most:
@@ -925,8 +927,8 @@ def start_run(
     basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
     rows = restore(args, directory, state, basis["basis"] if basis else None)
-    elsewhere = args.resume not in (None, True) and Path(args.resume).parent != directory
-    if not rows or elsewhere:
+    own = args.resume is True or Path(args.resume or "").resolve().parent == directory.resolve()
+    if not rows or not own:
         clear(args, directory, start_anew=args.resume is True)
     config = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},

@@ -58,7 +58,7 @@ def run(method: str, directory: Path, samples: int, k: int, arch: str) -> dict[s
 
 
 def main() -> None:
-    """Print the table, or with --method be one of its processes."""
+    """Print the table, or with --one be one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--samples", type=int, nargs="+", default=[21, 41, 81])

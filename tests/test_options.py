@@ -226,6 +226,14 @@ def test_resume_from_elsewhere_does_not_write_over_a_run(sampled, refused, tmp_p
     assert files(run) == before
 
 
+def test_a_run_knows_its_own_checkpoint_by_any_path(sampled, tmp_path, monkeypatch):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    own = str(run / "checkpoint.pt")
+    last = SGD.main([*DIGITS, "--epochs", "7", "--save-dir", "run", "--resume", own])
+    assert last["epoch"] == 7
+
+
 def test_resume_does_not_remove_samples_it_knows_nothing_of(sampled, refused, tmp_path):
     run = shutil.copytree(sampled, tmp_path / "run")
     for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "model.th"):
