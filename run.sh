@@ -3,6 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+# On the CPU, glibc gives large blocks back to the system and takes fresh pages for the next ones, at
+# every step. Keeping them costs memory, and saves a third of a large batch's time (benchmarks/README.md).
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-4294967296}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
+
 usage='usage: ./run.sh [digits|cifar|test|bench|lint]   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
 
 # Does interpreter $1 have what the requirements files $2 … ask for?
@@ -102,7 +107,7 @@ test)
     ;;
 bench)
     prepare requirements.txt
-    for name in data pca step; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
+    for name in data pca step engine chain; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
     ;;
 lint)
     prepare requirements.txt tests/requirements.txt

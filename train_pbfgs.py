@@ -126,7 +126,7 @@ def make_step(
         trials = optimizer.step(evaluate, evaluate() if args.half else total + penalty)
         if residual is not None:
             # (I − PᵀP) ∇L, the part of the gradient that the subspace has no use for.
-            subspace.origin.grad -= z.grad @ subspace.basis
+            subspace.origin.grad -= subspace.combine(z.grad)
             residual.step()
         length = optimizer.state[z]["s"].norm()
         return total, torch.cat(outputs), {"trials": trials, "step_length": length}
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
     basis = utils.extract(args, samples, model)
-    subspace = models.Subspace(model, basis["basis"])
+    subspace = models.Subspace(model, basis.basis)
     trials = 30 if args.datasets == "ImageNet" else 20
     optimizer, residual = PBFGS([subspace.coordinates], max_trials=trials), None
     state = {"model": subspace, "optimizer": optimizer}

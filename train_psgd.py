@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
     basis = utils.extract(args, samples, model)
-    subspace = models.Subspace(model, basis["basis"])
+    subspace = models.Subspace(model, basis.basis)
     optimizer = torch.optim.SGD([subspace.coordinates], args.lr, args.momentum)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:

@@ -3,13 +3,16 @@
 import argparse
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +137,13 @@ def parser(
     add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto is cuda where there is one, else cpu")
+    add("--channels-last", action=argparse.BooleanOptionalAction,
+        help="give the network its images in channels_last memory format (default: on the CPU)")
+    add("--compile", action="store_true", help="compile the network (torch.compile)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: as torch decides)")
+    add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
+    add("--deterministic", action="store_true",
+        help="give the same bits at every run, on CUDA too; an operation that cannot is an error")
     add("--save-dir", type=Path, metavar="DIR", default=Path("save_temp"),
         help="directory of the trajectory, and of the runs in its subspaces")
     add("--save-every", type=positive, metavar="N", default=10,
@@ -168,6 +178,8 @@ def add_subspace_options(options: Parser) -> None:
         help="one past the last sample")
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
+    add("--basis-dtype", choices=["float32", "bfloat16"], default="float32",
+        help="how the basis is kept; bfloat16 takes half the memory")
 # fmt: on
 
 
@@ -188,7 +200,24 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         refuse("--overwrite: not with --resume; allowed: one of them")
     if args.epochs <= args.start_epoch:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
+    if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
+        args.channels_last = args.device == "cpu"
+    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        refuse("--compile: needs a C++ compiler on the CPU; install g++, or name yours in CXX")
+    set_engine(args)
     return args
+
+
+def set_engine(args: argparse.Namespace) -> None:
+    """Make torch's settings, which are the process's, those of the options."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    # Trying cuDNN's algorithms pays since shapes repeat; which one wins varies from run to run.
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
 
 
 # -------------------------------------------------------------------------------------- data
@@ -267,9 +296,10 @@ class Images:
     """
 
     def __init__(
-        self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None
-    ) -> None:
-        self.size = split.images.shape[-1]
+        self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None,
+        *, layout: torch.memory_format = torch.contiguous_format
+    ) -> None:  # fmt: skip
+        self.size, self.layout = split.images.shape[-1], layout
         self.padding = dataset.padding if seed is not None else 0
         self.flip = dataset.flip and seed is not None
         self.images = F.pad(split.images.to(device), [self.padding] * 4)
@@ -298,7 +328,8 @@ class Images:
         draws = torch.from_numpy(np.stack([which, which + n * flip, top, left]))
         draws = draws.to(self.labels.device)
         for which, *where in draws.split(batch_sizes(n, self.batch_size), dim=1):
-            images = crop(self.images, *where, self.size).to(torch.float32)
+            images = crop(self.images, *where, self.size)
+            images = images.to(torch.float32, memory_format=self.layout)
             yield images.mul_(self.scale).add_(self.shift), self.labels[which]
 
 
@@ -307,10 +338,10 @@ class ImageFiles:
 
     def __init__(
         self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None,
-        *, size: int, workers: int
+        *, layout: torch.memory_format = torch.contiguous_format, size: int, workers: int
     ) -> None:  # fmt: skip
         self.files, self.labels, self.batch_size = split.images, split.labels, batch_size
-        self.device, self.seed = device, seed
+        self.device, self.seed, self.layout = device, seed, layout
         self.workers = min(workers, os.cpu_count() or 1)
         if seed is None:
             cut = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]  # 256 for 224
@@ -344,7 +375,8 @@ class ImageFiles:
         )
         try:
             for batch in loader:
-                yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+                images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+                yield images.contiguous(memory_format=self.layout), labels
         except ValueError as error:  # a worker's comes with its traceback, ours is the last line
             refuse(f"--data-dir: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
 
@@ -461,9 +493,10 @@ def load_data(args: argparse.Namespace) -> Data:
         else:
             make = partial(ImageFiles, size=args.image_size, workers=args.workers)
     batch_size = args.batch_size * getattr(args, "accumulate", 1)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
     return Data(
-        make(train, dataset, batch_size, args.device, args.randomseed),
-        make(test, dataset, TEST_BATCH, args.device),
+        make(train, dataset, batch_size, args.device, args.randomseed, layout=layout),
+        make(test, dataset, TEST_BATCH, args.device, layout=layout),
         num_classes,
         int(args.corrupt * len(labels)),
     )
@@ -620,6 +653,7 @@ def pca(
     *,
     names: Sequence[str] | None = None,
     device: Any = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Principal components of T samples: basis (k, n), explained_variance_ratio (k,).
 
@@ -627,7 +661,8 @@ def pca(
     are taken (default: all but BatchNorm statistics). `n_components` is k, or a fraction of the
     variance: as few as explain more than that. The rows of the basis are orthonormal, those of
     largest variance first, and the entry of largest magnitude in each is positive; all this is
-    as in scikit-learn. The results have the samples' type and are on `device`.
+    as in scikit-learn. The results are on `device`; the basis is rounded to `dtype`, by default to
+    the samples' type.
 
     T ≪ n, so the components come from the T × T Gram matrix. It is in float64: with one in
     float32 the basis is not orthonormal (an error of 0.24 was measured).
@@ -662,7 +697,8 @@ def pca(
         raise ValueError(f"{k}, but the {len(samples)} samples span only {rank} directions")
 
     weights = vectors[:, :k] / variances[:k].sqrt()
-    basis = torch.empty(k, parameters, dtype=samples[0][names[0]].dtype, device=device)
+    exact = samples[0][names[0]].dtype
+    basis = torch.empty(k, parameters, dtype=dtype or exact, device=device)
     product = torch.empty(0, dtype=torch.float64, device=device)
     for columns, block in column_blocks(samples, names, device):
         basis[:, columns] = torch.mm(weights.T, block, out=product.resize_(k, block.shape[1]))
@@ -672,7 +708,54 @@ def pca(
         low, high = row.aminmax()
         if -low > high:
             row.neg_()
-    return basis, ratios[:k].to(basis)
+    return basis, ratios[:k].to(exact)
+
+
+class Basis(NamedTuple):
+    """A subspace as basis.npz holds it."""
+
+    basis: Tensor  # P (k, n)
+    explained_variance_ratio: Tensor  # (k,)
+    computed_from: str  # the fingerprint of the samples and options
+
+
+def fingerprint(files: Sequence[Path], *options: Any) -> str:
+    """A digest of the contents of `files`, as their own checksums tell them, and of `options`.
+
+    What torch.save writes is a zip archive, which holds a CRC-32 of each tensor: nothing else is
+    read. A file of another kind is read whole.
+    """
+    digest = hashlib.sha256(repr(options).encode())
+    for file in files:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                digest.update(repr([entry.CRC for entry in archive.infolist()]).encode())
+        else:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def computed_from(file: Path) -> str | None:
+    """The fingerprint that a basis.npz was saved with; None where there is no such file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return str(np.load(file)["computed_from"])
+
+
+def save_basis(file: Path, basis: Basis) -> None:
+    """Write a basis.npz. numpy knows no bfloat16: such a basis is written as its bits, uint16."""
+    vectors = basis.basis.cpu()
+    if vectors.dtype == torch.bfloat16:
+        vectors = vectors.view(torch.uint16)
+    ratios = basis.explained_variance_ratio.cpu()
+    save(file, Basis(vectors.numpy(), ratios.numpy(), basis.computed_from)._asdict())
+
+
+def load_basis(file: Path, device: str) -> Basis:
+    """Read a basis.npz."""
+    arrays = np.load(file)
+    vectors, ratios = (torch.from_numpy(arrays[name]).to(device) for name in Basis._fields[:2])
+    vectors = vectors.view(torch.bfloat16) if vectors.dtype == torch.uint16 else vectors
+    return Basis(vectors, ratios, str(arrays["computed_from"]))
 
 
 # ------------------------------------------------------------------------- the run directory
@@ -691,7 +774,7 @@ class Run(NamedTuple):
     data: Data
     state: dict[str, Any]
     rows: list[dict]
-    basis: Tensor | None
+    basis: Basis | None
 
 
 @contextlib.contextmanager
@@ -712,7 +795,7 @@ def save(file: Path, value: Any) -> None:
         if file.suffix in (".json", ".jsonl"):
             stream.write(value.encode())
         elif file.suffix == ".npz":
-            np.savez(stream, **{name: array.cpu().numpy() for name, array in value.items()})
+            np.savez(stream, **value)
         else:
             torch.save(value, stream)
 
@@ -834,30 +917,39 @@ def load_trajectory(args: argparse.Namespace) -> list[Mapping[str, Tensor]]:
 
 def extract(
     args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], model: nn.Module
-) -> dict[str, Tensor]:
-    """PCA of the samples: "basis" (k, n), "explained_variance_ratio" (k,).
+) -> Basis:
+    """PCA of the samples, or what an earlier run on this trajectory saved of the same PCA.
 
     `model` is put where training in the subspace starts: at the first sample, unless --pretrained
     named another start.
     """
     numbers = range(args.params_start, args.params_end, args.params_stride)
+    files = [args.save_dir / f"{number}.pt" for number in numbers]
     with refusing():
-        for number, sample in zip(numbers, samples, strict=True):
-            check_fits(sample, model, args.save_dir / f"{number}.pt", args.arch)
+        for file, sample in zip(files, samples, strict=True):
+            check_fits(sample, model, file, args.arch)
     if not args.pretrained:
         load_into(model, samples[0])
-    with refusing("--n_components"):
-        names = [name for name, _ in model.named_parameters()]
-        basis, ratios = pca(samples, args.n_components, names=names, device=args.device)
+    names = [name for name, _ in model.named_parameters()]
+    source = fingerprint(files, args.n_components, args.basis_dtype, names)
+    saved = [f for f in args.save_dir.glob("*/basis.npz") if computed_from(f) == source]
+    if saved:
+        basis = load_basis(saved[0], args.device)
+    else:
+        dtype = getattr(torch, args.basis_dtype)
+        with refusing("--n_components"):
+            found = pca(samples, args.n_components, names=names, device=args.device, dtype=dtype)
+        basis = Basis(*found, source)
     print(
-        f"subspace: {len(basis)} directions, {ratios.sum():.2%} of the variance of "
-        f"{len(samples)} samples ({shorten(numbers)})"
+        f"subspace: {len(basis.basis)} directions, {basis.explained_variance_ratio.sum():.2%} of "
+        f"the variance of {len(samples)} samples ({shorten(numbers)})"
+        + (f", from {saved[0]}" if saved else "")
     )
-    return {"basis": basis, "explained_variance_ratio": ratios}
+    return basis
 
 
 def restore(
-    args: argparse.Namespace, directory: Path, state: dict[str, Any], basis: Tensor | None
+    args: argparse.Namespace, directory: Path, state: dict[str, Any], basis: Basis | None
 ) -> list[dict]:
     """Load the checkpoint that --resume names into `state`; the metrics rows so far."""
     file = directory / "checkpoint.pt" if args.resume is True else Path(args.resume or "")
@@ -869,20 +961,13 @@ def restore(
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
         check_same(args, checkpoint["arguments"], RESUMED, file)
         check_fits(checkpoint["states"]["model"], state["model"], file, args.arch)
-        if basis is not None:
-            own, saved = start_of(basis), checkpoint["basis"]
-            if not torch.allclose(own, saved, rtol=0, atol=1e-3 * float(saved.abs().max())):
-                raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
+        if basis and checkpoint["basis"] != basis.computed_from:
+            raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
     load_into(state["model"], checkpoint["states"]["model"])
     for name in state.keys() - {"model"}:
         state[name].load_state_dict(checkpoint["states"][name])
     print(f"{file}: {checkpoint['epoch']} epochs are done")
     return checkpoint["rows"]
-
-
-def start_of(basis: Tensor) -> Tensor:
-    """The first columns of P: enough to tell one plane from another."""
-    return basis[:, :1000].cpu().clone()
 
 
 def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
@@ -891,7 +976,7 @@ def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
     They do with --overwrite, and with --resume where a run of the same experiment was stopped
     before its first checkpoint.pt: then it starts again (`start_anew`).
     """
-    names = ("metrics.jsonl", "checkpoint.pt", "model.th", "basis.npz")
+    names = ("metrics.jsonl", "checkpoint.pt", "model.th")
     earlier = [directory / name for name in names]
     earlier += [file for file in directory.glob("*.pt") if file.stem.isdecimal()]
     earlier = [file for file in earlier if file.exists()]
@@ -918,7 +1003,7 @@ def start_run(
     data: Data,
     model: nn.Module,
     state: dict[str, Any],
-    basis: dict[str, Tensor] | None = None,
+    basis: Basis | None = None,
 ) -> Run:
     """Make the run's directory with its config.json, and say what is going to happen.
 
@@ -926,7 +1011,7 @@ def start_run(
     whatever else has a state_dict; it is loaded where --resume asks for that. `basis` is what
     basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
-    rows = restore(args, directory, state, basis["basis"] if basis else None)
+    rows = restore(args, directory, state, basis)
     own = args.resume is True or Path(args.resume or "").resolve().parent == directory.resolve()
     if not rows or not own:
         clear(args, directory, start_anew=args.resume is True)
@@ -948,14 +1033,16 @@ def start_run(
     with refusing("--save-dir"):
         directory.mkdir(parents=True, exist_ok=True)
         save(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    if basis and not (directory / "basis.npz").exists():
-        save(directory / "basis.npz", basis)
+    if basis and computed_from(directory / "basis.npz") != basis.computed_from:
+        save_basis(directory / "basis.npz", basis)
+    if args.compile:
+        state["model"].compile()
     print(
         f"{directory}: {args.arch}, {config['n']:,} parameters; {args.datasets}, "
         f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
         f"{len(data.test):,} test images; {args.device}, {config['threads']} threads"
     )
-    return Run(args, directory, data, state, rows, basis["basis"] if basis else None)
+    return Run(args, directory, data, state, rows, basis)
 
 
 # ---------------------------------------------------------------------------- the epoch loop
@@ -1082,5 +1169,5 @@ def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
     states = {name: part.state_dict() for name, part in run.state.items()}
     arguments = {name: getattr(run.args, name) for name in RESUMED if name in run.args}
     content |= {"states": states, "rows": run.rows, "arguments": arguments}
-    content["basis"] = None if run.basis is None else start_of(run.basis)
+    content["basis"] = run.basis and run.basis.computed_from
     save(run.directory / "checkpoint.pt", content)

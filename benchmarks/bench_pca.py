@@ -6,7 +6,6 @@ a random walk with shrinking steps over the shape of a real network, written as 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import show
+from timing import DEVICE, peak_memory, show
 
 import models
 import utils
@@ -34,55 +33,42 @@ def write_trajectory(directory: Path, arch: str, samples: int) -> int:
     return utils.flatten(model).numel()
 
 
-def run(method: str, directory: Path, samples: int, k: int, arch: str) -> dict[str, float]:
-    """One method in this process: seconds and peak memory in GB over what the imports take."""
+def run(method: str, directory: Path, arch: str, samples: int, k: int) -> dict[str, float]:
+    """One method in this process: seconds, peak memory over the imports', error of PPᵀ = I."""
     names = [name for name, _ in models.build(arch, 10).named_parameters()]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    states = utils.load_samples(directory, 0, samples)
-    if method == "ours":
-        basis, _ = utils.pca(states, k, names=names)
-    else:
-        from sklearn.decomposition import PCA
+    seconds, basis = 0.0, torch.empty(0)
 
-        matrix = np.stack(
-            [np.concatenate([s[name].numpy().ravel() for name in names]) for s in states]
-        )
-        solver = method.split()[1]
-        basis = torch.from_numpy(PCA(k, svd_solver=solver, random_state=0).fit(matrix).components_)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gram = basis.double() @ basis.double().T if basis.numel() < 1e8 else torch.eye(len(basis))
-    error = float((gram - torch.eye(len(basis))).abs().max())
-    return {"seconds": seconds, "gigabytes": (peak - before) / 2**20, "error": error}
+    def work() -> None:
+        nonlocal seconds, basis
+        began = time.perf_counter()
+        states = utils.load_samples(directory, 0, samples)
+        if method == "utils.pca":
+            basis, _ = utils.pca(states, k, names=names, device=DEVICE)
+        else:
+            from sklearn.decomposition import PCA
+
+            rows = [np.concatenate([s[name].numpy().ravel() for name in names]) for s in states]
+            found = PCA(k, svd_solver=method.split()[1], random_state=0).fit(np.stack(rows))
+            basis = torch.from_numpy(found.components_)
+        seconds = time.perf_counter() - began
+
+    peak = peak_memory(work)
+    gram = sum(block.double() @ block.double().T for block in basis.split(2**16, dim=1)).cpu()
+    error = float((gram - torch.eye(len(gram))).abs().max())
+    return {"seconds": seconds, "gigabytes": peak / 2**30, "error": error}
 
 
-def main() -> None:
-    """Print the table, or with --one be one of its processes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--samples", type=int, nargs="+", default=[21, 41, 81])
-    parser.add_argument("--k", type=int, help="directions (default: half the samples)")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument(
-        "--methods", nargs="+", default=["ours", "scikit-learn auto", "scikit-learn full"]
-    )
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        result = run(args.methods[0], args.one, args.samples[0], args.k, args.arch)
-        print(json.dumps(result))
-        return
+def table(title: str, cases: list[tuple[str, int, int]], methods: list[str], times: int) -> None:
+    """Print a table with a row for each (arch, samples, k) and method."""
     rows = []
-    for samples in args.samples:
-        k = args.k or samples // 2
+    for arch, samples, k in cases:
         with tempfile.TemporaryDirectory() as directory:
-            n = write_trajectory(Path(directory), args.arch, samples)
-            results = {method: [] for method in args.methods}
-            for _ in range(args.repetitions):
+            n = write_trajectory(Path(directory), arch, samples)
+            results: dict[str, list] = {method: [] for method in methods}
+            for _ in range(times):
                 for method, found in results.items():
-                    command = [sys.executable, __file__, "--one", directory, "--methods", method]
-                    command += ["--samples", str(samples), "--k", str(k), "--arch", args.arch]
+                    case = json.dumps([method, directory, arch, samples, k])
+                    command = [sys.executable, __file__, "--one", case]
                     done = subprocess.run(command, capture_output=True, text=True)
                     if done.returncode == 0:
                         found.append(json.loads(done.stdout))
@@ -91,17 +77,36 @@ def main() -> None:
             if found:
                 seconds = [result["seconds"] for result in found]
                 row += [f"{statistics.median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})"]
-                row += [
-                    f"{statistics.median(r['gigabytes'] for r in found):.2f}",
-                    f"{k * n * 4 / 2**30:.2f}",
-                ]
-                row += [f"{found[0]['error']:.0e}"]
+                row += [f"{statistics.median(r['gigabytes'] for r in found):.2f}"]
+                row += [f"{k * n * 4 / 2**30:.2f}", f"{found[0]['error']:.0e}"]
             else:
                 row += [f"ended by signal or error {done.returncode}", "", "", ""]
             rows.append(row)
     columns = ["T", "n", "k", "method", "seconds", "peak GB", "basis GB", "‖PPᵀ − I‖"]
-    note = f"Median (range) of {args.repetitions} processes, files cached; peak beside the imports."
-    show(f"pca {args.arch}: samples on disk to basis in memory", columns, rows, note)
+    note = f"Median (range) of {times} processes, files cached; peak over what the imports take."
+    show(title, columns, rows, note)
+
+
+def main() -> None:
+    """Print the tables, or with --one be one of their processes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--large", action="store_true", help="only the large case, by itself")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        method, directory, *case = args.one
+        print(json.dumps(run(method, Path(directory), *case)))
+    elif args.large:
+        case = ("resnet18", 121, 100)
+        table("pca large: ResNet-18 samples", [case], ["utils.pca"], args.repetitions)
+    else:
+        methods = ["utils.pca", "scikit-learn auto", "scikit-learn full"]
+        case = ("resnet20", 81, 40)
+        table("pca: samples on disk to basis in memory", [case], methods, args.repetitions)
+        cases = [("resnet20", T, T // 2) for T in (21, 41, 81, 161)]
+        cases += [(f"resnet{depth}", 41, 20) for depth in (8, 56, 110)]
+        table("pca growth: with T and n", cases, ["utils.pca"], args.repetitions)
 
 
 if __name__ == "__main__":

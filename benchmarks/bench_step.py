@@ -2,92 +2,175 @@
 
 The limit of a P-SGD step is one forward and backward pass of the bare network, one product
 Pᵀz and one P g. A P-BFGS step needs, for each trial, another forward pass without a graph and
-another product. All are timed in turn, on the batch the step gets.
+another product. All are timed in turn, on the batch the step gets. Peak memory is of processes
+of their own.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from timing import alternate, show, spread
+from timing import DEVICE, alternate, peak_memory, show, spread
 
 import models
 import utils
 from train_pbfgs import PBFGS, frozen_statistics, make_step
 
 
-def measure(side: int, batch: int, k: int, repetitions: int, arch: str) -> list[str]:
-    """One row: medians and ratios for images of `side` pixels."""
-    torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
-    bare = models.build(arch, 10).train()
-    n = utils.flatten(bare).numel()
-    basis = torch.linalg.qr(torch.randn(n, k)).Q.T.contiguous()
-    origin, z, g = torch.zeros(n), torch.zeros(k), torch.randn(n)
+class Case:
+    """A batch, a network and a basis; each method makes one of the functions to be measured."""
 
-    def network() -> None:
-        bare.zero_grad()
-        F.cross_entropy(bare(images), labels).backward()
+    def __init__(self, arch: str, side: int, batch: int, k: int) -> None:
+        torch.manual_seed(0)
+        images = torch.randn(batch, 3, side, side, device=DEVICE)
+        if DEVICE == "cpu":  # as the scripts have it
+            images = images.to(memory_format=torch.channels_last)
+        self.batch = images, torch.randint(10, (batch,), device=DEVICE)
+        self.arch, self.k = arch, k
+        self.n = utils.flatten(models.build(arch, 10)).numel()
+        self.trials: list[int] = []
 
-    @torch.no_grad()
-    def forward() -> None:
-        with frozen_statistics(bare):
-            F.cross_entropy(bare(images), labels)
+    @cached_property
+    def basis(self) -> torch.Tensor:
+        return torch.randn(self.k, self.n, device=DEVICE).div_(self.n**0.5)  # nearly orthonormal
 
-    plane = models.Subspace(models.build(arch, 10), basis).train()
-    sgd = torch.optim.SGD([plane.coordinates], 0.01, 0.9)
+    def model(self) -> torch.nn.Module:
+        return models.build(self.arch, 10).to(DEVICE).train()
 
-    def psgd() -> None:
-        sgd.zero_grad()
-        loss, _ = utils.cross_entropy(plane, images, labels, False)
-        loss.backward()
-        sgd.step()
+    def network(self) -> Callable[[], object]:
+        bare, (images, labels) = self.model(), self.batch
 
-    subspace = models.Subspace(models.build(arch, 10), basis).train()
-    args = argparse.Namespace(batch_size=batch, half=False, weight_decay=0.0)
-    step = make_step(args, subspace, PBFGS([subspace.coordinates]), None)
-    trials = []
+        def run() -> None:
+            bare.zero_grad()
+            F.cross_entropy(bare(images), labels).backward()
 
-    def pbfgs() -> None:
-        trials.append(1 + step(images, labels)[2]["trials"])
+        return run
 
-    seconds = alternate(
-        {"network": network, "forward": forward, "product": lambda: origin + z @ basis,
-         "projection": lambda: basis @ g, "psgd": psgd, "pbfgs": pbfgs},
-        repetitions,
-    )  # fmt: skip
+    def forward(self) -> Callable[[], object]:
+        bare, (images, labels) = self.model(), self.batch
+
+        @torch.no_grad()
+        def run() -> None:
+            with frozen_statistics(bare):
+                F.cross_entropy(bare(images), labels)
+
+        return run
+
+    def product(self) -> Callable[[], object]:
+        origin, z = torch.zeros(self.n, device=DEVICE), torch.zeros(self.k, device=DEVICE)
+        return lambda: origin + z @ self.basis
+
+    def projection(self) -> Callable[[], object]:
+        g = torch.randn(self.n, device=DEVICE)
+        return lambda: self.basis @ g
+
+    def psgd(self) -> Callable[[], object]:
+        subspace = models.Subspace(self.model(), self.basis).train()
+        sgd = torch.optim.SGD([subspace.coordinates], 0.01, 0.9)
+
+        def run() -> None:
+            sgd.zero_grad()
+            loss, _ = utils.cross_entropy(subspace, *self.batch, False)
+            loss.backward()
+            sgd.step()
+
+        return run
+
+    def pbfgs(self) -> Callable[[], object]:
+        subspace = models.Subspace(self.model(), self.basis).train()
+        args = argparse.Namespace(batch_size=len(self.batch[1]), half=False, weight_decay=0.0)
+        step = make_step(args, subspace, PBFGS([subspace.coordinates]), None)
+        return lambda: self.trials.append(1 + step(*self.batch)[2]["trials"])
+
+
+NAMES = ("network", "forward", "product", "projection", "psgd", "pbfgs")
+
+
+def measure(case: Case, repetitions: int) -> tuple[dict[str, list[float]], list[str]]:
+    """Seconds of each function, and the columns that compare the two methods with their limits."""
+    seconds = alternate({name: getattr(case, name)() for name in NAMES}, repetitions)
     ratios = {"psgd": [], "pbfgs": []}
-    for i, tried in enumerate(trials[1:]):  # each round against its own limit
+    for i, tried in enumerate(case.trials[1:]):  # each round against its own limit
         took = {name: values[i] for name, values in seconds.items()}
         limit = took["network"] + took["product"] + took["projection"]
         ratios["psgd"].append(took["psgd"] / limit)
         limit += tried * (took["forward"] + took["product"])
         ratios["pbfgs"].append(took["pbfgs"] / limit)
-    return [
-        f"{side} × {side}, {batch}",
-        *(spread(seconds[name]) for name in ("network", "forward", "psgd", "pbfgs")),
-        f"{statistics.mean(trials[1:]):.1f}",
-        *(f"{statistics.median(values):.2f}" for values in ratios.values()),
-    ]
+    trials = f"{statistics.mean(case.trials[1:]):.1f}"
+    return seconds, [trials, *(f"{statistics.median(values):.2f}" for values in ratios.values())]
+
+
+def peak(name: str, arch: str, side: int, batch: int, k: int) -> str:
+    """Peak memory in MB of one function in a process of its own."""
+    command = [sys.executable, __file__, "--peak", json.dumps([name, arch, side, batch, k])]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
+    return done.stdout.strip()
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables, or with --peak be one of the processes whose memory is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--k", type=int, default=40)
     parser.add_argument("--arch", default="resnet20")
+    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = [(8, 128, 4), (8, 1024, 1), (32, 128, 1), (32, 1024, 0.2)]
-    rows = [
-        measure(side, batch, args.k, max(5, int(args.repetitions * more)), args.arch)
-        for side, batch, more in cases
-    ]
+    if args.peak:
+        name, *settings = args.peak
+
+        def steps() -> None:
+            run = getattr(Case(*settings), name)()
+            run()
+            run()
+
+        print(f"{peak_memory(steps) / 2**20:.0f}")
+        return
+
+    rows = []
+    for side, batch, more in ((8, 128, 4), (8, 1024, 1), (32, 128, 1), (32, 1024, 0.25)):
+        case = Case(args.arch, side, batch, args.k)
+        seconds, compared = measure(case, max(5, int(args.repetitions * more)))
+        times = [spread(seconds[name]) for name in ("network", "forward", "psgd", "pbfgs")]
+        rows.append([f"{side} × {side}, {batch}", *times, *compared])
     columns = ["images, batch", "network ms", "no-grad forward ms", "P-SGD ms", "P-BFGS ms"]
     columns += ["trials", "P-SGD × limit", "P-BFGS × limit"]
     note = "Median (quartiles) of alternating repetitions, ratios round by round."
     show(f"step: {args.arch}, k = {args.k}", columns, rows, note)
+
+    rows = []
+    for arch, k in [("resnet8", 40), ("resnet56", 40), *(("resnet20", k) for k in (10, 40, 160))]:
+        case = Case(arch, 8, 128, k)
+        seconds, compared = measure(case, args.repetitions)
+        times = [spread(seconds[name]) for name in ("network", "product", "projection", "psgd")]
+        rows.append([f"{case.n:,}", f"{k}", *times, *compared])
+    columns = ["n", "k", "network ms", "Pᵀz ms", "P g ms", "P-SGD ms", "trials"]
+    columns += ["P-SGD × limit", "P-BFGS × limit"]
+    show("step growth: with n and k, 8 × 8 pixels, batch 128", columns, rows, note)
+
+    rows = []
+    names = ("forward", "network", "psgd", "pbfgs")
+    for side, batch, k in (
+        (8, 128, 10),
+        (8, 128, 40),
+        (8, 128, 160),
+        (32, 128, 40),
+        (32, 1024, 40),
+    ):
+        peaks = [peak(name, args.arch, side, batch, k) for name in names]
+        megabytes = f"{Case(args.arch, 8, 1, k).basis.numel() * 4 / 2**20:.0f}"
+        rows.append([f"{side} × {side}, {batch}", f"{k}", megabytes, *peaks])
+    columns = ["images, batch", "k", "basis MB", "no-grad forward MB", "network MB", "P-SGD MB"]
+    columns += ["P-BFGS MB"]
+    note = "Peak of a process over what its imports take: batch, network, basis, two steps."
+    show(f"step memory: {args.arch}", columns, rows, note)
 
 
 if __name__ == "__main__":

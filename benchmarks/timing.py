@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def machine() -> str:
     """Processor, cores torch uses, versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else model
     versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
     )
@@ -31,11 +34,29 @@ def alternate(
         for name, function in functions.items():
             began = time.perf_counter()
             function()
-            if torch.cuda.is_available():
+            if DEVICE == "cuda":
                 torch.cuda.synchronize()
             if repetition:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes that `function` takes at its peak on the device, or of the process (Linux only)."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    # Not ru_maxrss: a process inherits it from the one that started it.
+    before = most_resident()
+    function()
+    return most_resident() - before
+
+
+def most_resident() -> int:
+    """The most memory, in bytes, that this process has had so far."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
 
 
 def spread(values: Sequence[float], unit: float = 1e-3) -> str:

@@ -6,6 +6,23 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+BLOCK = 2**22  # numbers of a bfloat16 basis that are float32 at a time: they stay in the cache
+
+
+class Combination(torch.autograd.Function):
+    """zᵀP (n,) for z (k,) and P (k, n) of a shorter type, which is never converted whole."""
+
+    @staticmethod
+    def forward(ctx, z: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        ctx.blocks = basis.split(max(1, BLOCK // len(basis)), dim=1)
+        return torch.cat([z @ block.to(z.dtype) for block in ctx.blocks])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        parts = gradient.split([block.shape[1] for block in ctx.blocks])
+        pairs = zip(ctx.blocks, parts, strict=True)
+        return sum(block.to(part.dtype) @ part for block, part in pairs), None
+
 
 class Subspace(nn.Module):
     """A network with parameters θ(z) = θ_0 + Pᵀ z, of which only the k coordinates z are trained.
@@ -17,7 +34,8 @@ class Subspace(nn.Module):
 
     Attributes: `coordinates` (k,) is z, the one trainable parameter; `origin` (n,) is θ_0, frozen
     (with `requires_grad_` it gathers the full gradient ∂L/∂θ); `basis` (k, n) is no buffer,
-    since DistributedDataParallel sends the buffers out at every step.
+    since DistributedDataParallel sends the buffers out at every step. A basis in bfloat16 stays
+    in it; θ(z) and the gradients are of the model's type all the same.
 
     Raises ValueError where the basis does not fit the model.
     """
@@ -35,14 +53,20 @@ class Subspace(nn.Module):
         origin = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
         self.model = model.requires_grad_(False)
         self.origin = nn.Parameter(origin, requires_grad=False)
-        self.basis = basis.to(origin)
+        kept = torch.bfloat16 if basis.dtype == torch.bfloat16 else origin.dtype
+        self.basis = basis.to(origin.device, kept)
         self.coordinates = nn.Parameter(origin.new_zeros(len(basis)))
 
     def vector(self) -> torch.Tensor:
         """θ(z), (n,), differentiable in z."""
         # Autocast would make this product bfloat16 and with it round θ to eight bits.
         with torch.autocast(self.origin.device.type, enabled=False):
-            return self.origin + self.coordinates @ self.basis
+            return self.origin + self.combine(self.coordinates)
+
+    def combine(self, z: torch.Tensor) -> torch.Tensor:
+        """Pᵀz, (n,): the rows of P with the weights z (k,)."""
+        same = self.basis.dtype == z.dtype
+        return z @ self.basis if same else Combination.apply(z, self.basis)
 
     def _named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         # One split, not a slice a parameter: its backward is one concatenation.
@@ -64,5 +88,6 @@ class Subspace(nn.Module):
     ) -> nn.Module:
         # What .to(device), .double() and the like call: P has to go along though it is no buffer.
         super()._apply(function, recurse)
-        self.basis = function(self.basis)
+        moved = function(self.basis)
+        self.basis = moved.bfloat16() if self.basis.dtype == torch.bfloat16 else moved
         return self

@@ -1,5 +1,7 @@
 """utils.pca and load_samples. Oracles: scikit-learn's full-SVD PCA, and the definition."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +152,66 @@ def test_load_samples_reads_files_of_old_torch(tmp_path):
     state = {"weight": torch.arange(3.0)}
     torch.save(state, tmp_path / "0.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(utils.load_samples(tmp_path, 0, 1)[0]["weight"], state["weight"])
+
+
+def test_a_shorter_type_is_rounding():
+    exact, ratios = utils.pca(walk(dtype=np.float32), 5)
+    basis, same_ratios = utils.pca(walk(dtype=np.float32), 5, dtype=torch.bfloat16)
+    assert torch.equal(same_ratios, ratios)
+    # Rounded from float64 at once, so at most half a unit of bfloat16's 8 bits away.
+    torch.testing.assert_close(basis.float(), exact, rtol=2**-8, atol=0)
+    assert basis.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two samples on disk, and what changes one of them."""
+    torch.manual_seed(0)
+    states = [{"a": torch.randn(3, 2), "b": torch.randn(5)} for _ in range(2)]
+    files = [tmp_path / f"{number}.pt" for number in range(2)]
+
+    def write() -> list[Path]:
+        for file, state in zip(files, states, strict=True):
+            utils.save(file, state)
+        return files
+
+    return states, write
+
+
+@pytest.mark.parametrize("zip_archive", [True, False])
+def test_a_fingerprint_tells_contents_order_and_options(saved, zip_archive, monkeypatch):
+    """Oracle: what was changed; the same contents, written again, are the same."""
+    torch_save = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda *a: torch_save(*a, _use_new_zipfile_serialization=zip_archive)
+    )
+    states, write = saved
+    first = utils.fingerprint(write(), 40, "float32")
+    assert utils.fingerprint(write(), 40, "float32") == first
+    assert utils.fingerprint(write()[::-1], 40, "float32") != first
+    assert utils.fingerprint(write()[:1], 40, "float32") != first
+    assert utils.fingerprint(write(), 41, "float32") != first
+    assert utils.fingerprint(write(), 40.0, "float32") != first
+    states[1]["b"][4] += 1e-6
+    assert utils.fingerprint(write(), 40, "float32") != first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_basis_is_the_same_bits(dtype, tmp_path):
+    basis, ratios = utils.pca(walk(dtype=np.float32), 5, dtype=dtype)
+    utils.save_basis(tmp_path / "basis.npz", utils.Basis(basis, ratios, "source"))
+    loaded = utils.load_basis(tmp_path / "basis.npz", "cpu")
+    assert loaded.computed_from == utils.computed_from(tmp_path / "basis.npz") == "source"
+    assert torch.equal(loaded.basis, basis)
+    assert loaded.basis.dtype == dtype
+    assert torch.equal(loaded.explained_variance_ratio, ratios)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive", "other arrays"])
+def test_a_file_that_is_no_basis_was_computed_from_nothing(content, tmp_path):
+    file = tmp_path / "basis.npz"
+    if content == "other arrays":
+        np.savez(file, basis=np.eye(2))
+    elif content is not None:
+        file.write_bytes(content)
+    assert utils.computed_from(file) is None

@@ -377,7 +377,7 @@ def test_training_loss_is_reported_without_the_penalty(copy):
 def test_imagenet_has_30_trials(monkeypatch):
     """As published; seen where the optimizer is made, after a loading that is stubbed out."""
     network = torch.nn.Linear(2, 2)
-    basis = {"basis": torch.eye(6)[:2], "explained_variance_ratio": torch.ones(2)}
+    basis = utils.Basis(torch.eye(6)[:2], torch.ones(2), "")
     for name, result in {"load_trajectory": [], "load_data": None, "make_model": network,
                          "extract": basis}.items():  # fmt: skip
         monkeypatch.setattr(utils, name, lambda *args, result=result: result)
@@ -453,3 +453,46 @@ def test_nothing_but_finished_files_is_left(tmp_path, monkeypatch):
         utils.save(file, {"weight": torch.ones(1)})
     assert list(tmp_path.iterdir()) == [file]
     assert utils.state_dict_in(file)["weight"] == 0
+
+
+def test_a_basis_is_computed_once_and_again_when_anything_changes(copy, monkeypatch, capsys):
+    """Oracle: whether utils.pca is called, and the basis it gives."""
+    calls = []
+    pca = utils.pca
+    monkeypatch.setattr(utils, "pca", lambda *a, **k: calls.append(1) or pca(*a, **k))
+
+    def run(script, *options: str) -> int:
+        calls.clear()
+        script.main([*SUBSPACE, "--epochs", "1", "--overwrite", "--save-dir", str(copy), *options])
+        return len(calls)
+
+    assert run(train_psgd) == 1
+    first = np.load(copy / "psgd" / "basis.npz")["basis"]
+    assert run(train_psgd, "--lr", "0.1") == 0
+    assert "psgd/basis.npz" in capsys.readouterr().out
+    assert run(train_pbfgs) == 0, "the other script's basis serves"
+    np.testing.assert_array_equal(np.load(copy / "pbfgs" / "basis.npz")["basis"], first)
+
+    assert run(train_psgd, "--n_components", "4") == 1
+    assert len(np.load(copy / "psgd" / "basis.npz")["basis"]) == 4
+    assert run(train_psgd) == 0, "pbfgs still has it"
+    (copy / "pbfgs" / "basis.npz").unlink()
+    assert run(train_psgd, "--basis-dtype", "bfloat16") == 1
+    assert np.load(copy / "psgd" / "basis.npz")["basis"].dtype == np.uint16
+    assert run(train_psgd, "--params_end", "6", "--n_components", "3") == 1
+    assert run(train_psgd) == 1
+    (copy / "psgd" / "basis.npz").write_bytes(b"cut off")
+    assert run(train_psgd) == 1
+    state = torch.load(copy / "3.pt")
+    state["linear.bias"] += 1
+    torch.save(state, copy / "3.pt")
+    assert run(train_psgd) == 1
+
+
+@pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
+def test_a_bfloat16_basis_trains(script, copy):
+    """Chance is 10 %. P-BFGS moves the origin, too."""
+    options = ["--epochs", "4", "--basis-dtype", "bfloat16", "--save-dir", str(copy)]
+    if script is train_pbfgs:
+        options += ["--alpha", "0.01"]
+    assert script.main([*SUBSPACE, *options])["test_acc"] > 50

@@ -9,6 +9,7 @@ from golden import Golden, close
 
 import utils
 from models import Subspace, build
+from models import subspace as subspace_module
 
 
 def test_gradient_is_the_projected_gradient(tiny, batch, orthonormal):
@@ -136,3 +137,32 @@ def test_flatten_reads_channels_last(tiny):
 def test_unflatten_refuses_another_length(tiny):
     with pytest.raises(ValueError, match="166"):
         utils.unflatten(torch.zeros(165), tiny)
+
+
+@pytest.mark.parametrize("block", [5, 60, 2**22])
+def test_a_bfloat16_basis_is_its_float32_copy_in_less_memory(
+    block, tiny, batch, orthonormal, monkeypatch
+):
+    """Oracle: the same numbers as a basis of the model's own type."""
+    monkeypatch.setattr(subspace_module, "BLOCK", block)  # one column, 12, and all at a time
+    images, labels = batch
+    rounded = orthonormal(5, utils.flatten(tiny).numel()).bfloat16()
+    outputs, gradients = [], []
+    for basis in (rounded, rounded.double()):
+        subspace = Subspace(copy.deepcopy(tiny), basis)
+        subspace.coordinates.data = torch.arange(5.0, dtype=torch.float64)
+        output = subspace(images)
+        F.cross_entropy(output, labels).backward()
+        outputs.append(output)
+        gradients.append(subspace.coordinates.grad)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_bfloat16_basis_stays_one(tiny, orthonormal):
+    basis = orthonormal(5, utils.flatten(tiny).numel()).bfloat16()
+    subspace = Subspace(tiny, basis)
+    assert subspace.basis is basis
+    subspace.float()
+    assert subspace.basis.dtype == torch.bfloat16
+    assert subspace.vector().dtype == subspace.coordinates.dtype == torch.float32

@@ -1,0 +1,118 @@
+"""The switches of the engine. Oracles: a run without them, torch's account of its settings."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import DIGITS
+from test_data import random_split
+
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+
+SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5"]
+
+
+@pytest.fixture(autouse=True)
+def settings_as_they_were():
+    """The settings are the process's: what a test switches on must not stay on."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    utils.set_engine(train_sgd.options().parse_args([]))
+
+
+def weights(save_dir, name="model.th"):
+    """The exported network as one vector."""
+    state = utils.state_dict_in(save_dir / name)
+    return torch.cat([value.double().reshape(-1) for value in state.values()])
+
+
+def test_channels_last_is_how_the_same_images_lie(batch):
+    batches = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        data = utils.Images(random_split(), utils.DATASETS["digits"], 7, "cpu", 1, layout=layout)
+        batches.append([images for images, _ in data.epoch(0)])
+        assert all(images.is_contiguous(memory_format=layout) for images in batches[-1])
+    assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "decided"),
+    [([], "cpu", True), ([], "cuda", False), (["--channels-last"], "cuda", True),
+     (["--no-channels-last"], "cpu", False)],
+)  # fmt: skip
+def test_channels_last_is_for_the_cpu_unless_told(given, device, decided, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    assert utils.parse(train_sgd.options(), given).channels_last is decided
+
+
+def test_channels_last_reaches_the_network(tmp_path, monkeypatch):
+    seen = []
+    cross_entropy = utils.cross_entropy
+
+    def spy(model, images, labels, half):
+        seen.append(images.is_contiguous(memory_format=torch.channels_last))
+        return cross_entropy(model, images, labels, half)
+
+    monkeypatch.setattr(utils, "cross_entropy", spy)
+    for switch in ("--channels-last", "--no-channels-last"):
+        run = [*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path / switch), switch]
+        train_sgd.main(run)
+        assert set(seen) == {switch == "--channels-last"}
+        seen.clear()
+
+
+@pytest.mark.parametrize("script", [train_sgd, train_psgd, train_pbfgs])
+def test_compile_compiles_what_is_trained_and_changes_nothing(
+    script, sampled, tmp_path, monkeypatch
+):
+    """With dynamo's "eager" backend: traced as by the usual one, without half a minute."""
+    compiled = []
+
+    def traced(module):
+        compiled.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    for switch in ([], ["--compile"]):
+        save_dir = shutil.copytree(sampled, tmp_path / f"run{len(switch)}")
+        options = DIGITS if script is train_sgd else SUBSPACE
+        run = [*options, "--epochs", "2", "--overwrite", "--save-dir", str(save_dir), *switch]
+        script.main(run)
+    assert compiled == ["ResNet" if script is train_sgd else "Subspace"]
+    name = {train_sgd: "", train_psgd: "psgd", train_pbfgs: "pbfgs"}[script]
+    one, other = (weights(tmp_path / f"run{number}" / name) for number in range(2))
+    assert torch.equal(one, other)
+
+
+def test_compile_needs_a_compiler_on_the_cpu(refused, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "--compile" in refused(train_sgd.main, ["--compile", "--device", "cpu"])
+
+
+def test_settings_are_those_of_the_last_options(monkeypatch):
+    def settings():
+        backends = torch.backends
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            backends.cudnn.benchmark,
+            backends.cudnn.allow_tf32,
+            backends.cuda.matmul.allow_tf32,
+        )
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    utils.parse(train_sgd.options(), ["--deterministic", "--tf32", "--threads", "1"])
+    assert settings() == (True, False, True, True)
+    assert torch.get_num_threads() == 1
+    utils.parse(train_sgd.options(), [])
+    assert settings() == (False, True, False, False)
+
+
+def test_deterministic_runs_are_bit_equal(tmp_path):
+    for name in ("one", "other"):
+        run = [*DIGITS, "--epochs", "2", "--deterministic", "--save-dir", str(tmp_path / name)]
+        train_sgd.main(run)
+    assert torch.equal(weights(tmp_path / "one"), weights(tmp_path / "other"))
