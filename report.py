@@ -81,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    utils.program(main)

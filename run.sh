@@ -45,14 +45,16 @@ prepare() {
 # options that are refused leave nothing behind.
 run() {
     local line unlogged=
-    { echo "+ $python -u $*"; "$python" -u "$@" 2>&1; } | while IFS= read -r line || [ -n "$line" ]; do
-        printf '%s\n' "$line"
-        unlogged+=$line$'\n'
-        if [ -d "$save_dir" ]; then
-            printf '%s' "$unlogged" >>"$save_dir/log.txt"
-            unlogged=
-        fi
-    done
+    { echo "+ $python -u $*"; "$python" -u "$@" 2>&1; } | {
+        trap '' INT TERM # the script ends in its own time, and its last line is to be seen
+        while IFS= read -r line || [ -n "$line" ]; do
+            printf '%s\n' "$line"
+            unlogged+=$line$'\n'
+            if [ -d "$save_dir" ] && printf '%s' "$unlogged" 2>/dev/null >>"$save_dir/log.txt"; then
+                unlogged=
+            fi
+        done
+    }
 }
 
 # The three scripts with a target's settings; each goes on where an interrupted chain stopped.

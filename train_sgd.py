@@ -59,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     def sample(epoch: int) -> None:
         utils.save(args.save_dir / f"{epoch}.pt", model.state_dict())
 
+    utils.check_space(args, model)
     state = {"model": model, "optimizer": optimizer}
     run = utils.start_run(args, args.save_dir, data, model, state)
-    if not run.rows:
+    if not run.rows and not run.progress:
         sample(args.start_epoch)
     return utils.fit(run, step, model.state_dict, sample)
 
 
 if __name__ == "__main__":
-    main()
+    utils.program(main)

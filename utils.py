@@ -1,23 +1,28 @@
 """What the scripts share: options, data, parameter vectors, PCA, a run's files, the epoch loop."""
 
 import argparse
+import atexit
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -32,10 +37,31 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ command line
 
 
-def refuse(message: str) -> NoReturn:
+def refuse(message: str, code: int = 2) -> NoReturn:
     """End the program: one line on stderr that says what is wrong, exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`."""
+    earlier = {number: signal.signal(number, handler) for number in (SIGINT, SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, former in earlier.items():
+            signal.signal(number, former)
+
+
+def program(main: Callable[[], Any]) -> None:
+    """Run a script's main, in which SIGINT and SIGTERM are one line and exit code 130 or 143."""
+
+    def stop(number: int, frame: Any) -> None:
+        refuse(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    with handling(stop):
+        main()
 
 
 @contextlib.contextmanager
@@ -315,8 +341,8 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of normalised float32 images (B, 3, side, side) and labels (B,)."""
+    def epoch(self, number: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches, from the `first`, of float32 images (B, 3, side, side) and labels (B,)."""
         n = len(self)
         which, top, left, flip = np.arange(n), *np.zeros((3, n), dtype=np.int64)
         if self.seed is not None:
@@ -327,7 +353,7 @@ class Images:
         # The epoch's one transfer to the device.
         draws = torch.from_numpy(np.stack([which, which + n * flip, top, left]))
         draws = draws.to(self.labels.device)
-        for which, *where in draws.split(batch_sizes(n, self.batch_size), dim=1):
+        for which, *where in draws.split(batch_sizes(n, self.batch_size), dim=1)[first:]:
             images = crop(self.images, *where, self.size)
             images = images.to(torch.float32, memory_format=self.layout)
             yield images.mul_(self.scale).add_(self.shift), self.labels[which]
@@ -360,8 +386,8 @@ class ImageFiles:
             torch.default_generator.manual_seed(seed)
             return self.transform(open_image(self.files[position])), self.labels[position]
 
-    def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of normalised float32 images (B, 3, side, side) and labels (B,)."""
+    def epoch(self, number: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches, from the `first`, of float32 images (B, 3, side, side) and labels (B,)."""
         random = random_stream(self.seed or 0, "epoch", number)
         n = len(self)
         order = np.arange(n) if self.seed is None else random.permutation(n)
@@ -369,8 +395,9 @@ class ImageFiles:
         ends = np.cumsum(batch_sizes(n, self.batch_size))[:-1]
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=[batch.tolist() for batch in np.split(draws, ends)],
+            batch_sampler=[batch.tolist() for batch in np.split(draws, ends)[first:]],
             num_workers=self.workers,
+            worker_init_fn=ignore_interrupt,
             pin_memory=self.device == "cuda",
         )
         try:
@@ -379,6 +406,11 @@ class ImageFiles:
                 yield images.contiguous(memory_format=self.layout), labels
         except ValueError as error:  # a worker's comes with its traceback, ours is the last line
             refuse(f"--data-dir: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal; the main one ends the workers."""
+    signal.signal(SIGINT, signal.SIG_IGN)
 
 
 def open_image(file: str) -> Image.Image:
@@ -431,6 +463,8 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
             f"--datasets {name}: not in --data-dir {root}, and not downloaded ({error}); "
             "name the directory that has it with --data-dir, or take --datasets digits"
         )
+    if train and not was_there:
+        print(f"{name}: downloaded to {root}")
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else grey_to_rgb(images)
     return Split(images, torch.as_tensor(dataset.targets), dataset.classes)
@@ -681,6 +715,9 @@ def pca(
     most = min(len(samples) - 1, parameters)
     if n_components > most:
         raise ValueError(f"{n_components} of {len(samples)} samples; allowed: at most {most}")
+    exact = samples[0][names[0]].dtype
+    if isinstance(n_components, int):
+        check_memory(n_components, parameters, dtype or exact, device)
 
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=device)
     for _, block in column_blocks(samples, names, device):
@@ -692,12 +729,12 @@ def pca(
     k = n_components
     if isinstance(k, float):
         k = min(int(torch.searchsorted(ratios.cumsum(0), k, right=True)) + 1, most)
+        check_memory(k, parameters, dtype or exact, device)
     rank = int((variances > len(samples) * torch.finfo(gram.dtype).eps * variances[0]).sum())
     if k > rank:
         raise ValueError(f"{k}, but the {len(samples)} samples span only {rank} directions")
 
     weights = vectors[:, :k] / variances[:k].sqrt()
-    exact = samples[0][names[0]].dtype
     basis = torch.empty(k, parameters, dtype=dtype or exact, device=device)
     product = torch.empty(0, dtype=torch.float64, device=device)
     for columns, block in column_blocks(samples, names, device):
@@ -709,6 +746,31 @@ def pca(
         if -low > high:
             row.neg_()
     return basis, ratios[:k].to(exact)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that can still be had on the device; on the CPU, infinite where Linux does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    with contextlib.suppress(OSError, TypeError):
+        found = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+        free = 1024 * int(found[1])
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, where it has one
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
+def check_memory(k: int, n: int, dtype: torch.dtype, device: str) -> None:
+    """ValueError for a basis (k, n) that is larger than the memory there is."""
+    free, row = free_memory(device), n * dtype.itemsize
+    if k * row > free:
+        raise ValueError(
+            f"{k} directions of {n:,} parameters in {dtype} take {k * row / 2**30:.1f} GB, "
+            f"{free / 2**30:.1f} GB are free on {device}; {int(free // row)} would fit"
+        )
 
 
 class Basis(NamedTuple):
@@ -767,24 +829,37 @@ RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alp
 
 
 class Run(NamedTuple):
-    """A run about to train: where, on what, what a checkpoint holds, the epochs done, P (k, n)."""
+    """A run about to train: where, on what, what a checkpoint holds, how far it is."""
 
     args: argparse.Namespace
     directory: Path
     data: Data
     state: dict[str, Any]
-    rows: list[dict]
+    rows: list[dict]  # of the epochs done
+    progress: dict[str, Any]  # of an epoch begun: batches done, sums, seconds
     basis: Basis | None
+    lock: contextlib.ExitStack  # closing it gives the directory free
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Any]:
-    """A binary stream whose content takes the place of `file` once it is all written."""
+    """A binary stream whose content takes the place of `file` once it is all written.
+
+    Ends the program where that cannot be, as on a full disk: what was there before stays.
+    """
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             yield stream
         temporary.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        refuse(
+            f"{file}: could not be written ({cause.strerror or cause}); the files written before are whole, "
+            "go on with --resume once it can be", 1,
+        )  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -950,14 +1025,15 @@ def extract(
 
 def restore(
     args: argparse.Namespace, directory: Path, state: dict[str, Any], basis: Basis | None
-) -> list[dict]:
-    """Load the checkpoint that --resume names into `state`; the metrics rows so far."""
+) -> tuple[list[dict], dict[str, Any]]:
+    """Load the checkpoint that --resume names into `state`; the rows and the progress so far."""
     file = directory / "checkpoint.pt" if args.resume is True else Path(args.resume or "")
     if not args.resume or (args.resume is True and not file.exists()):
-        return []
+        return [], {}
     with refusing("--resume"):
         checkpoint = read(file)
-        if not isinstance(checkpoint, dict) or not {"states", "rows"} <= checkpoint.keys():
+        parts = {"states", "rows", "progress", "arguments", "basis", "epoch"}
+        if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
         check_same(args, checkpoint["arguments"], RESUMED, file)
         check_fits(checkpoint["states"]["model"], state["model"], file, args.arch)
@@ -966,8 +1042,35 @@ def restore(
     load_into(state["model"], checkpoint["states"]["model"])
     for name in state.keys() - {"model"}:
         state[name].load_state_dict(checkpoint["states"][name])
-    print(f"{file}: {checkpoint['epoch']} epochs are done")
-    return checkpoint["rows"]
+    progress = checkpoint["progress"]
+    begun = f", and {progress['batches']} batches of the next" if progress.get("batches") else ""
+    print(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
+    return checkpoint["rows"], progress
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory of a run: what a killed process left half written is removed.
+
+    Raises ValueError that says which process holds it. The kernel ends the lock with the process.
+    """
+    file = directory / "lock"
+    with file.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise ValueError(f"{directory} is in use by process {stream.read()}") from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()} on {platform.node()}")
+        stream.flush()
+        for half in directory.glob("*.tmp"):
+            if re.fullmatch(r".+\.\d+\.tmp", half.name):  # as `replacing` names them
+                half.unlink()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
@@ -988,6 +1091,24 @@ def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
         check_config(args, directory / "config.json")
     for file in earlier:
         file.unlink()
+
+
+def check_space(args: argparse.Namespace, model: nn.Module) -> None:
+    """Say what disk space the samples still to come will take; refuse where it is not there."""
+    numbers = range(args.start_epoch, args.epochs + 1)
+    there = 0 if args.overwrite else sum((args.save_dir / f"{e}.pt").exists() for e in numbers)
+    count = len(numbers) - there
+    size = sum(value.nbytes for value in model.state_dict().values())
+    # checkpoint.pt takes three sizes, twice while the next one is written, and model.th one.
+    needed = (count + 7) * size if count else 0
+    disk = next(
+        path for path in [args.save_dir, *args.save_dir.absolute().parents] if path.exists()
+    )
+    free = shutil.disk_usage(disk).free
+    said = f"{count} samples of {size / 2**20:.1f} MB, {needed / 2**30:.2f} GB with checkpoints"
+    if needed > free:
+        refuse(f"--save-dir {args.save_dir}: {said}, but {free / 2**30:.2f} GB of disk are free")
+    print(f"{said}; {free / 2**30:.1f} GB of disk are free")
 
 
 def git_commit() -> str | None:
@@ -1011,10 +1132,15 @@ def start_run(
     whatever else has a state_dict; it is loaded where --resume asks for that. `basis` is what
     basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
-    rows = restore(args, directory, state, basis)
+    rows, progress = restore(args, directory, state, basis)
     own = args.resume is True or Path(args.resume or "").resolve().parent == directory.resolve()
-    if not rows or not own:
-        clear(args, directory, start_anew=args.resume is True)
+    with refusing("--save-dir"), contextlib.ExitStack() as stack:
+        directory.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(directory))
+        if not (rows or progress) or not own:
+            clear(args, directory, start_anew=args.resume is True)
+        lock = stack.pop_all()
+    atexit.register(lock.close)
     config = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "arch": args.arch,
@@ -1030,9 +1156,10 @@ def start_run(
         | {"python": platform.python_version()},
         "commit": git_commit(),
     }
-    with refusing("--save-dir"):
-        directory.mkdir(parents=True, exist_ok=True)
-        save(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    if basis:
+        config["samples"] = list(range(args.params_start, args.params_end, args.params_stride))
+        config["k"] = len(basis.basis)
+    save(directory / "config.json", json.dumps(config, indent=2) + "\n")
     if basis and computed_from(directory / "basis.npz") != basis.computed_from:
         save_basis(directory / "basis.npz", basis)
     if args.compile:
@@ -1042,7 +1169,7 @@ def start_run(
         f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
         f"{len(data.test):,} test images; {args.device}, {config['threads']} threads"
     )
-    return Run(args, directory, data, state, rows, basis)
+    return Run(args, directory, data, state, rows, progress, basis, lock)
 
 
 # ---------------------------------------------------------------------------- the epoch loop
@@ -1063,12 +1190,26 @@ def penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor | float:
     return args.weight_decay / 2 * subspace.vector().square().sum() if args.weight_decay else 0.0
 
 
+class StopAsked(Exception):  # noqa: N818
+    """SIGINT or SIGTERM came; raised between two batches."""
+
+
+def until_asked(batches: Iterable, asked: Sequence[int]) -> Iterator:
+    """The batches, as long as no signal was put into `asked`."""
+    for batch in batches:
+        if asked:
+            raise StopAsked
+        yield batch
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, images: "Images | ImageFiles", half: bool) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, images: "Images | ImageFiles", half: bool, asked: Sequence[int] = ()
+) -> dict[str, float]:
     """Mean loss, and accuracy in percent, with BatchNorm's running statistics."""
     model.eval()
     totals: Counter = Counter()
-    for batch, labels in images.epoch():
+    for batch, labels in until_asked(images.epoch(), asked):
         loss, output = cross_entropy(model, batch, labels, half)
         totals["loss"] += loss * len(labels)
         totals["correct"] += (output.argmax(1) == labels).sum()
@@ -1091,29 +1232,61 @@ def evaluate_only(
     return row
 
 
-def train_epoch(run: Run, step: Callable, epoch: int) -> dict[str, float]:
-    """An epoch of `step`: means of loss, accuracy in percent, and details; and the seconds."""
-    args, images = run.args, run.data.train
-    began = time.perf_counter()
+def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[str, float]:
+    """An epoch of `step`: means of loss, accuracy in percent, and details; and the seconds.
+
+    What is done of it is in run.progress, and left out.
+    """
+    args, images, progress = run.args, run.data.train, run.progress
+    began = time.perf_counter() - progress.get("seconds", 0.0)
     run.state["model"].train()
-    # Dropout and the like draw from here: a resumed run draws what an unbroken one would.
-    torch.manual_seed(int(random_stream(args.randomseed, "network", epoch).integers(2**63)))
     steps = len(batch_sizes(len(images), images.batch_size))
+    # Dropout and the like: a resumed run draws what an unbroken one would.
+    seeds = random_stream(args.randomseed, "network", epoch).integers(2**63, size=steps)
+    done = progress.get("batches", 0)
+    totals: Counter = Counter()  # sums on the device
+    for key, total in progress.get("totals", {}).items():
+        totals[key] = torch.as_tensor(total, device=args.device)
+    batches = until_asked(images.epoch(epoch, done), asked)
     name = f"epoch {epoch + 1}"
-    bar = tqdm(images.epoch(epoch), name, steps, unit="batch", disable=None, leave=False)
-    totals: Counter = Counter()  # sums on the device: nothing leaves it before the epoch's end
-    for number, (batch, labels) in enumerate(bar):
-        loss, output, details = step(batch, labels)
-        totals.update(details)
-        totals["loss"] += loss.detach() * len(labels)
-        totals["correct"] += (output.argmax(1) == labels).sum()
-        if not bar.disable and number % args.print_freq == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")  # a host sync
-    sums = {name: float(total) for name, total in totals.items()}
+    with tqdm(
+        batches, name, steps, initial=done, unit="batch", disable=None, leave=False
+    ) as bar:  # fmt: skip
+        try:
+            for batch, labels in bar:
+                torch.manual_seed(int(seeds[done]))
+                loss, output, details = step(batch, labels)
+                totals.update(details)
+                totals["loss"] += loss.detach() * len(labels)
+                totals["correct"] += (output.argmax(1) == labels).sum()
+                totals["finite"] += loss.detach().isfinite()
+                done += 1
+                if done % args.print_freq == 0 or done == steps:
+                    check_finite(run, totals, epoch, done)
+                    bar.set_postfix(loss=f"{loss:.4f}")
+        finally:
+            seconds = time.perf_counter() - began
+            progress.update(batches=done, totals=dict(totals), seconds=seconds)
+    sums = {name: float(total) for name, total in totals.items() if name != "finite"}
     row = {"train_loss": sums.pop("loss") / len(images)}
     row["train_acc"] = 100 * sums.pop("correct") / len(images)
     row |= {name: total / steps for name, total in sums.items()}
-    return row | {"seconds": time.perf_counter() - began}
+    return row | {"seconds": seconds}
+
+
+def check_finite(run: Run, totals: Mapping[str, Tensor], epoch: int, steps: int) -> None:
+    """End the program if a loss was not finite: nothing is saved of it. This is a host sync."""
+    finite = int(totals["finite"])
+    if finite == steps:
+        return
+    cure = f"a smaller --lr than {run.args.lr:g}" if "lr" in run.args else "a larger --batch-size"
+    cure += " or no --half" if run.args.half else ""
+    lr = next((f" at lr {g['lr']:g}" for g in run.state["optimizer"].param_groups if "lr" in g), "")
+    file = run.directory / "checkpoint.pt"
+    last = f"--resume goes on from {file}" if file.exists() else "there is no checkpoint yet"
+    refuse(
+        f"epoch {epoch + 1}, step {finite + 1}{lr}: the loss is not finite; try {cure}; {last}", 1
+    )
 
 
 def fit(
@@ -1127,47 +1300,81 @@ def fit(
     `step` takes a batch and returns its loss, the network's output, and other numbers to average
     over the epoch's steps. `export` gives the plain network's state dict. `after_epoch(e)` is
     called after epoch e, before a file says that it is done.
+
+    SIGINT and SIGTERM let the batch end, save all that --resume needs, and end the program with
+    exit code 130 or 143; a second one ends it at once.
     """
-    args, rows, directory = run.args, run.rows, run.directory
-    for epoch in range(rows[-1]["epoch"] if rows else args.start_epoch, args.epochs):
-        row = {"epoch": epoch + 1, "lr": None}
-        if "lr" in args:
-            row["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
-            for group in run.state["optimizer"].param_groups:
-                group["lr"] = row["lr"]
-        row |= train_epoch(run, step, epoch)
-        row |= evaluate(run.state["model"], run.data.test, args.half)
-        rows.append(row)
-        after_epoch(epoch + 1)
-        save(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+    args, rows = run.args, run.rows
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise SystemExit(128 + number)
+        asked.append(number)
+
+    with run.lock, handling(ask):
+        try:
+            for epoch in range(rows[-1]["epoch"] if rows else args.start_epoch, args.epochs):
+                train_and_test(run, step, export, after_epoch, epoch, asked)
+            if asked:
+                raise StopAsked
+        except StopAsked:
             save_checkpoint(run, export())
-        print(
-            f"epoch {epoch + 1:3d}/{args.epochs}  "
-            f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
-            f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
-            f"{row['seconds']:.1f} s",
-            flush=True,
-        )
+            name = signal.Signals(asked[0]).name
+            refuse(f"stopped by {name}; the same command with --resume goes on", 128 + asked[0])
     best = max(rows, key=lambda row: row["test_acc"])
     print(
-        f"{directory}: test accuracy {rows[-1]['test_acc']:.2f} % after epoch {rows[-1]['epoch']}, "
-        f"best {best['test_acc']:.2f} % after epoch {best['epoch']}"
+        f"{run.directory}: test accuracy {rows[-1]['test_acc']:.2f} % after epoch "
+        f"{rows[-1]['epoch']}, best {best['test_acc']:.2f} % after epoch {best['epoch']}"
     )
     return rows[-1]
 
 
-def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
-    """Write model.th, and checkpoint.pt with all that --resume needs."""
-    content = {
+def train_and_test(
+    run: Run, step: Callable, export: Callable, after_epoch: Callable, epoch: int, asked: list[int]
+) -> None:
+    """One epoch of `fit`, with its line in metrics.jsonl and its files."""
+    args, rows = run.args, run.rows
+    row = {"epoch": epoch + 1, "lr": None}
+    if "lr" in args:
+        row["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
+        for group in run.state["optimizer"].param_groups:
+            group["lr"] = row["lr"]
+    row |= train_epoch(run, step, epoch, asked)
+    row |= evaluate(run.state["model"], run.data.test, args.half, asked)
+    rows.append(row)
+    run.progress.clear()
+    after_epoch(epoch + 1)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    save(run.directory / "metrics.jsonl", lines)
+    if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+        # model.th first: with the checkpoint the epoch counts as done, and all of it is there.
+        save(run.directory / "model.th", summary(run, export()))
+        save_checkpoint(run, export())
+    print(
+        f"epoch {epoch + 1:3d}/{args.epochs}  "
+        f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
+        f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
+        f"{row['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def summary(run: Run, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What model.th holds, and checkpoint.pt too."""
+    return {
         "state_dict": weights,
-        "best_prec1": max(row["test_acc"] for row in run.rows),
-        "epoch": run.rows[-1]["epoch"],
+        "best_prec1": max((row["test_acc"] for row in run.rows), default=0.0),
+        "epoch": run.rows[-1]["epoch"] if run.rows else run.args.start_epoch,
         "arch": run.args.arch,
     }
-    save(run.directory / "model.th", content)
-    states = {name: part.state_dict() for name, part in run.state.items()}
-    arguments = {name: getattr(run.args, name) for name in RESUMED if name in run.args}
-    content |= {"states": states, "rows": run.rows, "arguments": arguments}
+
+
+def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
+    """Write checkpoint.pt with all that --resume needs."""
+    content = summary(run, weights)
+    content["states"] = {name: part.state_dict() for name, part in run.state.items()}
+    content |= {"rows": run.rows, "progress": run.progress}
+    content["arguments"] = {name: getattr(run.args, name) for name in RESUMED if name in run.args}
     content["basis"] = run.basis and run.basis.computed_from
     save(run.directory / "checkpoint.pt", content)

@@ -13,6 +13,10 @@ torch.set_num_threads(2)
 DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="how often to kill the chain of runs")
+
+
 @pytest.fixture(scope="session")
 def sampled(tmp_path_factory) -> Path:
     """A save dir with a trajectory 0 … 6 of ResNet-8 on digits; tests write only subfolders."""

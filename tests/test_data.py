@@ -218,15 +218,15 @@ def test_details_are_means_over_the_steps():
     """Nine images in batches of four are two steps."""
     images = Images(random_split(9), DATASETS["digits"], 4, "cpu", 1)
     args = argparse.Namespace(randomseed=1, print_freq=1)
-    run = utils.Run(
-        args, None, utils.Data(images, images, 10, 0), {"model": torch.nn.Module()}, [], None
-    )
+    args.device = "cpu"
+    data, state = utils.Data(images, images, 10, 0), {"model": torch.nn.Module()}
+    run = utils.Run(args, None, data, state, [], {}, None, None)
     loss, output = torch.tensor(0.5), torch.eye(10)
 
     def step(batch, labels):
         return loss * len(labels), output[labels], {"trials": len(labels)}
 
-    row = utils.train_epoch(run, step, 0)
+    row = utils.train_epoch(run, step, 0, [])
     assert row["trials"] == 4.5
     assert row["train_acc"] == 100
     assert row["train_loss"] == pytest.approx((0.5 * 4 * 4 + 0.5 * 5 * 5) / 9)

@@ -1,0 +1,395 @@
+"""Runs that are interrupted, run out of room, diverge or meet. Oracle: an unbroken run, bit by bit.
+
+`pytest tests/test_robust.py -k killed --kills 200` kills the chain that often.
+"""
+
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS
+
+import models
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+
+ROOT = Path(__file__).parent.parent
+SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5", "--save-every", "2"]
+RUNS = {
+    "sgd": (train_sgd, "", [*DIGITS, "--save-every", "2", "--epochs", "4"]),
+    "psgd": (train_psgd, "psgd", [*SUBSPACE, "--epochs", "4"]),
+    "pbfgs": (train_pbfgs, "pbfgs", [*SUBSPACE, "--epochs", "4", "--alpha", "0.01"]),
+}
+
+
+def tensors(value, name=""):
+    """All that is in nested dicts and lists, by path, but for the seconds."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in tensors(part, f"{name}/{key}").items()}
+    return {} if name.endswith("/seconds") else {name: value}
+
+
+def contents(directory: Path) -> dict:
+    """Everything that a run left, less what no two runs share."""
+    found = {}
+    for file in sorted(directory.rglob("*")):
+        where = str(file.relative_to(directory))
+        if file.suffix in (".pt", ".th"):
+            found |= tensors(utils.read(file), where)
+        elif file.suffix == ".jsonl":
+            found |= tensors([json.loads(line) for line in file.read_text().splitlines()], where)
+        elif file.suffix == ".npz":
+            found |= {f"{where}/{key}": value for key, value in np.load(file).items()}
+        elif file.is_file() and file.name != "config.json":
+            found[where] = "a file"
+    return found
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Where what two runs left is not equal to the last bit."""
+    a, b = contents(one), contents(other)
+    odd = a.keys() ^ b.keys()
+    for name in a.keys() & b.keys():
+        same = torch.equal if isinstance(a[name], torch.Tensor) else np.array_equal
+        if not same(a[name], b[name]):
+            odd.add(name)
+    return sorted(odd)
+
+
+@pytest.fixture(scope="session")
+def unbroken(sampled, tmp_path_factory):
+    """Save dirs of runs that nothing interrupted."""
+    save_dirs = {}
+    for name, (script, _, options) in RUNS.items():
+        save_dirs[name] = tmp_path_factory.mktemp("unbroken") / name
+        if name != "sgd":
+            shutil.copytree(sampled, save_dirs[name])
+        script.main([*options, "--save-dir", str(save_dirs[name])])
+    return save_dirs
+
+
+def start(name, sampled, tmp_path):
+    """The command line of one of RUNS in a directory of its own."""
+    script, _, options = RUNS[name]
+    save_dir = tmp_path / "run"
+    if name != "sgd":
+        shutil.copytree(sampled, save_dir)
+    return script, [*options, "--save-dir", str(save_dir)], save_dir
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [(2, signal.SIGINT), (6, signal.SIGTERM), (7, signal.SIGINT), (13, signal.SIGTERM)],
+)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
+    name, moment, number, sampled, unbroken, tmp_path, monkeypatch, capsys
+):
+    """At a forward pass of training, of a test or of a search, and once more on the way."""
+    script, argv, save_dir = start(name, sampled, tmp_path)
+    cross_entropy = utils.cross_entropy
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == moment:
+            os.kill(os.getpid(), number)
+        return cross_entropy(*args)
+
+    monkeypatch.setattr(utils, "cross_entropy", interrupted)
+    for _ in range(2):
+        calls.clear()
+        with pytest.raises(SystemExit) as exit:
+            script.main([*argv, "--resume"])
+        assert exit.value.code == 128 + number
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1
+        assert signal.Signals(number).name in error[0]
+        assert "--resume" in error[0]
+    monkeypatch.setattr(utils, "cross_entropy", cross_entropy)
+    script.main([*argv, "--resume"])
+    assert differences(save_dir, unbroken[name]) == []
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    def twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(utils, "cross_entropy", twice)
+    with pytest.raises(SystemExit) as exit:
+        train_sgd.main([*DIGITS, "--save-dir", str(tmp_path / "run")])
+    assert exit.value.code == 143
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train_sgd.main([*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path)])
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_dropout_of_a_step_is_a_function_of_its_number(tmp_path, monkeypatch, capsys):
+    """An epoch stopped halfway draws on as if it had not been."""
+
+    def build(arch, num_classes):
+        parts = [torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, num_classes)]
+        return torch.nn.Sequential(*parts)
+
+    monkeypatch.setattr(models, "build", build)
+    argv = [*DIGITS, "--epochs", "2", "--resume", "--save-dir"]
+    train_sgd.main([*argv, str(tmp_path / "unbroken")])
+    cross_entropy, calls = utils.cross_entropy, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return cross_entropy(*args)
+
+    monkeypatch.setattr(utils, "cross_entropy", interrupted)
+    with pytest.raises(SystemExit):
+        train_sgd.main([*argv, str(tmp_path / "broken")])
+    train_sgd.main([*argv, str(tmp_path / "broken")])
+    assert "3 batches of the next" in capsys.readouterr().out
+    assert differences(tmp_path / "broken", tmp_path / "unbroken") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_program(number, tmp_path):
+    """The real command line, stopped when it shows its first line, before or in the training."""
+    command = [sys.executable, "-u", "train_sgd.py", *DIGITS, "--save-dir", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith("train_sgd.py: stopped by SIG")
+
+
+def test_the_chain_ends_with_its_script(tmp_path):
+    """Ctrl-C goes to run.sh and all it started: the script's last line is seen, nothing follows."""
+    for name in ("run.sh", "requirements.txt", "train_sgd.py", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        ["./run.sh", "digits"], cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        while "epoch   2/" not in process.stdout.readline():
+            pass
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.splitlines()[-1].startswith("train_sgd.py: stopped by SIGINT")
+    log = (tmp_path / "save_labelnoise0_resnet20_digits" / "log.txt").read_text()
+    assert log.splitlines()[-1] == output.splitlines()[-1]
+
+
+# A chain, killed
+
+
+def chain(save_dir: Path) -> str:
+    """The three scripts as one line of shell."""
+    commands = []
+    for name, (script, _, options) in RUNS.items():
+        end = ["--epochs", "7"] if name == "sgd" else []
+        commands.append([sys.executable, f"{script.__name__}.py", *options, *end])
+    each = (shlex.join([*c, "--threads", "1", "--save-dir", str(save_dir)]) for c in commands)
+    return " && ".join(f"{command} --resume" for command in each)
+
+
+@pytest.mark.slow
+def test_a_killed_chain_ends_as_an_unbroken_one(tmp_path, request):
+    """SIGKILL at random moments; after each, every file in place can be read."""
+    kills, finished, killed = request.config.getoption("kills"), 0, 0
+    settings = {"cwd": ROOT, "shell": True, "stdout": subprocess.DEVNULL}
+    began = time.perf_counter()
+    subprocess.run(chain(tmp_path / "unbroken"), check=True, **settings)
+    seconds = time.perf_counter() - began
+    moments = np.random.default_rng(kills)
+    broken = tmp_path / "broken"
+    while killed < kills or broken.exists():
+        with subprocess.Popen(chain(broken), start_new_session=True, **settings) as process:
+            try:
+                process.wait(moments.uniform(0, seconds) if killed < kills else None)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode == -signal.SIGKILL:
+            killed += 1
+            contents(broken)
+            continue
+        assert process.returncode == 0
+        assert differences(broken, tmp_path / "unbroken") == []
+        finished += 1
+        shutil.rmtree(broken)
+    print(f"{killed} kills, {finished} chains finished, no difference")
+
+
+# No room, no sense
+
+
+@pytest.mark.parametrize("name", ["sgd", "pbfgs"])
+def test_a_full_disk_stops_with_a_line_and_the_run_goes_on_later(name, sampled, unbroken, tmp_path):
+    """With files limited to a size that the checkpoint is above, and a sample is not."""
+    script, argv, save_dir = start(name, sampled, tmp_path)
+    command = [sys.executable, f"{script.__name__}.py", *argv, "--resume", "--threads", "2"]
+    full = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000)),
+    )  # fmt: skip
+    assert full.returncode == 1, full.stderr
+    (line,) = full.stderr.splitlines()
+    assert "File too large" in line
+    assert ".npz" in line if name == "pbfgs" else "checkpoint.pt" in line
+    assert "--resume" in line
+    contents(save_dir)
+    script.main([*argv, "--resume"])
+    assert differences(save_dir, unbroken[name]) == []
+
+
+def test_samples_that_will_not_fit_are_refused(tmp_path, refused, monkeypatch, capsys):
+    """resnet8's state dict takes 303,136 bytes: 12 samples, and 7 more for the checkpoints."""
+    usage = shutil.disk_usage("/")
+    argv = [*DIGITS, "--epochs", "11", "--save-dir", tmp_path / "a" / "b"]
+    for free, fits in ((19 * 303_136 - 1, False), (19 * 303_136, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            train_sgd.main([str(word) for word in argv])
+            assert "12 samples of 0.3 MB" in capsys.readouterr().out
+        else:
+            assert "--save-dir" in refused(train_sgd.main, argv)
+            assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("components", ["5", "0.99999"])
+def test_a_basis_that_will_not_fit_is_refused(components, sampled, refused, monkeypatch):
+    """resnet8 has 75,290 parameters: two rows of four bytes fit into 700,000 bytes."""
+    monkeypatch.setattr(utils, "free_memory", lambda device: 7e5)
+    argv = [*SUBSPACE, "--n_components", components, "--save-dir", sampled]
+    line = refused(train_psgd.main, argv)
+    assert "--n_components" in line
+    assert "2 would fit" in line
+    assert not (sampled / "psgd").exists()
+    line = refused(train_psgd.main, [*argv, "--basis-dtype", "bfloat16"])
+    assert "4 would fit" in line
+
+
+def test_free_memory_is_what_the_system_says():
+    """Oracle: an allocation of half of it is possible, and it is not more than there is."""
+    free = utils.free_memory("cpu")
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("sgd", "--lr"), ("psgd", "--lr"), ("pbfgs", "--batch-size")]
+)
+def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypatch, refused):
+    """From the fourth batch of the third epoch on; the checkpoint of the second is still there."""
+    script, argv, save_dir = start(name, sampled, tmp_path)
+    cross_entropy, train_epoch, epochs = utils.cross_entropy, utils.train_epoch, []
+
+    def broken(model, images, labels, half):
+        loss, output = cross_entropy(model, images, labels, half)
+        bad = len(epochs) == 3 and torch.initial_seed() == broken.seed
+        return (loss * float("nan") if bad else loss), output
+
+    def counted(run, step, epoch, asked):
+        epochs.append(epoch)
+        seeds = utils.random_stream(1, "network", epoch).integers(2**63, size=6)
+        broken.seed = int(seeds[3])
+        return train_epoch(run, step, epoch, asked)
+
+    monkeypatch.setattr(utils, "cross_entropy", broken)
+    monkeypatch.setattr(utils, "train_epoch", counted)
+    with pytest.raises(SystemExit) as exit:
+        script.main([*argv])
+    assert exit.value.code == 1
+    checkpoint = utils.read(save_dir / RUNS[name][1] / "checkpoint.pt")
+    assert checkpoint["epoch"] == 2
+    assert not (save_dir / "3.pt").exists() or name != "sgd"
+
+
+def test_what_a_diverged_run_says(tmp_path, capsys):
+    argv = [*DIGITS, "--lr", "1e30", "--epochs", "3", "--save-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as exit:
+        train_sgd.main(argv)
+    assert exit.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    for part in ("epoch 1, step 2", "at lr 1e+30", "a smaller --lr", "no checkpoint yet"):
+        assert part in line
+
+
+def test_a_trial_that_is_not_finite_is_a_rejected_trial():
+    """f(z) = z² for |z| < 1, else infinite or nan; the steps from 2 by hand: 2 − 4, 2 − 1.6, …"""
+    z = torch.nn.Parameter(torch.tensor([2.0]))
+    z.grad = torch.tensor([4.0])
+    answers = iter([float("nan"), float("inf"), float("-nan"), 0.5])
+    optimizer = train_pbfgs.PBFGS([z])
+    assert optimizer.step(lambda: torch.tensor(next(answers)), torch.tensor(4.0)) == 3
+    torch.testing.assert_close(z.data, torch.tensor([2 - 4 * 0.4**3]))
+
+
+# Two runs in one directory
+
+HOLD = """
+import sys, time, utils
+with utils.locked(utils.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_says_who_holds_the_directory(tmp_path, refused):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    argv = [*DIGITS, "--epochs", "1", "--save-dir", directory]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        line = refused(train_sgd.main, argv)
+        assert f"in use by process {holder.pid} " in line
+        assert [file.name for file in directory.iterdir()] == ["lock"]
+        holder.kill()
+    (directory / "0.pt.123.tmp").write_bytes(b"half")
+    (directory / "mine.tmp").write_bytes(b"whole")
+    assert (directory / "lock").exists(), "a killed process leaves it"
+    train_sgd.main([str(word) for word in argv])
+    left = {file.name for file in directory.iterdir()}
+    assert left == {"0.pt", "1.pt", "checkpoint.pt", "config.json", "metrics.jsonl", "mine.tmp",
+                    "model.th"}  # fmt: skip
+
+
+def test_subspace_runs_do_not_hold_each_other_up(sampled, tmp_path):
+    save_dir = shutil.copytree(sampled, tmp_path / "run")
+    argv = [*SUBSPACE, "--epochs", "1", "--save-dir", str(save_dir)]
+    (save_dir / "psgd").mkdir()
+    with utils.locked(save_dir / "psgd"):
+        train_pbfgs.main(argv)
+
+
+def test_what_was_decided_is_in_the_config(sampled, tmp_path):
+    save_dir = shutil.copytree(sampled, tmp_path / "run")
+    argv = [*SUBSPACE, "--epochs", "1", "--params_stride", "2", "--n_components", "0.9"]
+    train_psgd.main([*argv, "--save-dir", str(save_dir)])
+    config = json.loads((save_dir / "psgd" / "config.json").read_text())
+    assert config["samples"] == [0, 2, 4, 6]
+    assert config["k"] == len(np.load(save_dir / "psgd" / "basis.npz")["basis"]) < 4
+    assert config["arguments"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
