@@ -826,6 +826,7 @@ def load_basis(file: Path, device: str) -> Basis:
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride")
 RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
+MIDWAY = ("batch_size", "accumulate")  # in the middle of an epoch, these too
 
 
 class Run(NamedTuple):
@@ -857,8 +858,8 @@ def replacing(file: Path) -> Iterator[Any]:
         if not isinstance(cause, OSError):
             raise
         refuse(
-            f"{file}: could not be written ({cause.strerror or cause}); the files written before are whole, "
-            "go on with --resume once it can be", 1,
+            f"{file}: could not be written ({cause.strerror or cause}); the files written before "
+            "are whole, go on with --resume once it can be", 1,
         )  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)
@@ -1035,7 +1036,8 @@ def restore(
         parts = {"states", "rows", "progress", "arguments", "basis", "epoch"}
         if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
-        check_same(args, checkpoint["arguments"], RESUMED, file)
+        kept = RESUMED + (MIDWAY if checkpoint["progress"].get("batches") else ())
+        check_same(args, checkpoint["arguments"], kept, file)
         check_fits(checkpoint["states"]["model"], state["model"], file, args.arch)
         if basis and checkpoint["basis"] != basis.computed_from:
             raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
@@ -1275,18 +1277,22 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
 
 
 def check_finite(run: Run, totals: Mapping[str, Tensor], epoch: int, steps: int) -> None:
-    """End the program if a loss was not finite: nothing is saved of it. This is a host sync."""
-    finite = int(totals["finite"])
-    if finite == steps:
+    """End the program where training left the finite numbers: nothing is saved of it.
+
+    This is a host sync.
+    """
+    finite = int(totals["finite"]) if steps else 0
+    parameters = run.state["model"].parameters()
+    if finite == steps and torch.stack([p.isfinite().all() for p in parameters]).all():
         return
     cure = f"a smaller --lr than {run.args.lr:g}" if "lr" in run.args else "a larger --batch-size"
     cure += " or no --half" if run.args.half else ""
     lr = next((f" at lr {g['lr']:g}" for g in run.state["optimizer"].param_groups if "lr" in g), "")
     file = run.directory / "checkpoint.pt"
     last = f"--resume goes on from {file}" if file.exists() else "there is no checkpoint yet"
-    refuse(
-        f"epoch {epoch + 1}, step {finite + 1}{lr}: the loss is not finite; try {cure}; {last}", 1
-    )
+    what = "loss is" if finite < steps else "parameters are"
+    where = f"epoch {epoch + 1}, step {min(finite + 1, steps)}{lr}"
+    refuse(f"{where}: the {what} not finite; try {cure}; {last}", 1)
 
 
 def fit(
@@ -1319,6 +1325,8 @@ def fit(
             if asked:
                 raise StopAsked
         except StopAsked:
+            if run.progress:
+                check_finite(run, run.progress["totals"], epoch, run.progress["batches"])
             save_checkpoint(run, export())
             name = signal.Signals(asked[0]).name
             refuse(f"stopped by {name}; the same command with --resume goes on", 128 + asked[0])
@@ -1375,6 +1383,7 @@ def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
     content = summary(run, weights)
     content["states"] = {name: part.state_dict() for name, part in run.state.items()}
     content |= {"rows": run.rows, "progress": run.progress}
-    content["arguments"] = {name: getattr(run.args, name) for name in RESUMED if name in run.args}
+    names = [name for name in RESUMED + MIDWAY if name in run.args]
+    content["arguments"] = {name: getattr(run.args, name) for name in names}
     content["basis"] = run.basis and run.basis.computed_from
     save(run.directory / "checkpoint.pt", content)

@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypa
 
     def broken(model, images, labels, half):
         loss, output = cross_entropy(model, images, labels, half)
-        bad = len(epochs) == 3 and torch.initial_seed() == broken.seed
+        bad = len(epochs) == 3 and torch.initial_seed() - broken.seed in (0, 1)
         return (loss * float("nan") if bad else loss), output
 
     def counted(run, step, epoch, asked):
@@ -335,6 +335,53 @@ def test_what_a_diverged_run_says(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     for part in ("epoch 1, step 2", "at lr 1e+30", "a smaller --lr", "no checkpoint yet"):
         assert part in line
+
+
+def test_parameters_that_are_not_finite_stop_though_every_loss_was(tmp_path, capsys):
+    """One step an epoch: its loss is of the start, and what it leaves is not a number."""
+    argv = [*DIGITS, "--batch-size", "2000", "--lr", "1e38", "--save-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as exit:
+        train_sgd.main([*argv, "--save-every", "1", "--weight-decay", "1e6"])
+    assert exit.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "epoch 1, step 1 at lr 1e+38: the parameters are not finite" in line
+    assert not (tmp_path / "run" / "1.pt").exists()
+
+
+def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
+    """Asked to stop two steps after the loss was nan, and before it is looked at."""
+    cross_entropy, calls = utils.cross_entropy, []
+
+    def diverging(*args):
+        loss, output = cross_entropy(*args)
+        calls.append(1)
+        if len(calls) == 11:  # an epoch is six steps and one test
+            os.kill(os.getpid(), signal.SIGINT)
+        return (loss * float("nan") if len(calls) >= 9 else loss), output
+
+    monkeypatch.setattr(utils, "cross_entropy", diverging)
+    with pytest.raises(SystemExit) as exit:
+        train_sgd.main([*DIGITS, "--save-every", "1", "--save-dir", str(tmp_path)])
+    assert exit.value.code == 1
+    assert "epoch 2, step 2" in capsys.readouterr().err
+    assert utils.read(tmp_path / "checkpoint.pt")["epoch"] == 1
+
+
+def test_an_epoch_begun_goes_on_with_its_own_batches(tmp_path, monkeypatch, refused, capsys):
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return cross_entropy(*args)
+
+    cross_entropy = utils.cross_entropy
+    monkeypatch.setattr(utils, "cross_entropy", stopped)
+    argv = [*DIGITS, "--save-dir", str(tmp_path), "--resume"]
+    with pytest.raises(SystemExit):
+        train_sgd.main(argv)
+    capsys.readouterr()
+    line = refused(train_sgd.main, [*argv, "--batch-size", "64"])
+    assert "--batch-size: 64 here, 256 in" in line
 
 
 def test_a_trial_that_is_not_finite_is_a_rejected_trial():
