@@ -25,6 +25,16 @@ def read_run(directory: Path) -> tuple[dict, list[dict]]:
     return arguments, [json.loads(line) for line in lines]
 
 
+def method_of(arguments: dict) -> str:
+    """What a subspace run did, in words."""
+    name = "P-SGD" if "lr" in arguments else "P+-BFGS" if arguments["alpha"] else "P-BFGS"
+    if arguments["basis"] != "pca":
+        name += f", {Path(arguments['basis']).name} basis"
+    if arguments["start"] is not None:
+        name += f", from {arguments['start']}"
+    return name + (", BatchNorm re-estimated" if arguments["bn_update"] else "")
+
+
 def results(save_dir: Path) -> list[tuple]:
     """(experiment, method, k, epochs, epochs in all, final, best, seconds) of each run."""
     arguments, sgd = read_run(save_dir)
@@ -33,24 +43,27 @@ def results(save_dir: Path) -> list[tuple]:
         experiment += f", {100 * arguments['smalldatasets']:g} % of the training images"
 
     def row(method: str, k: int | str, rows: list[dict], sampled: list[dict]) -> tuple:
-        every = sampled + rows
-        seconds = sum(row["seconds"] for row in every)
+        seconds = sum(row["seconds"] for row in sampled + rows)
         best = max(row["test_acc"] for row in rows)
-        return (
-            (experiment, method, k, len(rows), len(every)), rows[-1]["test_acc"], best, seconds
-        )  # fmt: skip
+        epochs = sum(row["epoch"] > 0 for row in rows)  # the mean of samples trains none
+        key = (experiment, method, k, epochs, len(sampled) + epochs)
+        return key, rows[-1]["test_acc"], best, seconds
 
     table = [row("SGD", "n", sgd, [])]
-    for name, method in (("pbfgs", "P-BFGS"), ("psgd", "P-SGD")):
-        if (save_dir / name / "metrics.jsonl").exists():
-            own, rows = read_run(save_dir / name)
-            if any(own[option] != arguments[option] for option in utils.EXPERIMENT):
-                raise ValueError(f"{save_dir / name} is not of the experiment in {save_dir}")
-            last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
-            sampled = [row for row in sgd if row["epoch"] <= last]
-            k = len(np.load(save_dir / name / "basis.npz")["explained_variance_ratio"])
-            table.append(row("SGD to the last sample", "n", sampled, []))
-            table.append(row(method, k, rows, sampled))
+    for directory in sorted(file.parent for file in save_dir.glob("*/metrics.jsonl")):
+        own, rows = read_run(directory)
+        if any(own[option] != arguments[option] for option in utils.EXPERIMENT):
+            raise ValueError(f"{directory} is not of the experiment in {save_dir}")
+        if own.get("average"):
+            first, end = own["average"]
+            sampled = [row for row in sgd if row["epoch"] < end]
+            table.append(row(f"mean of the samples {first} to {end - 1}", 0, rows, sampled))
+            continue
+        last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
+        sampled = [row for row in sgd if row["epoch"] <= last]
+        k = len(np.load(directory / "basis.npz")["explained_variance_ratio"])
+        table.append(row("SGD to the last sample", "n", sampled, []))
+        table.append(row(method_of(own), k, rows, sampled))
     return list(dict.fromkeys(table))
 
 

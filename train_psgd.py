@@ -24,7 +24,7 @@ def options() -> utils.Parser:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train in the subspace of --save-dir's samples; returns the last metrics row."""
     args = utils.parse(options(), argv)
-    directory = args.save_dir / "psgd"
+    directory = utils.run_directory(args, "psgd")
     if args.evaluate:
         return utils.evaluate_only(args, models.build, directory)
     samples = utils.load_trajectory(args)

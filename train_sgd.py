@@ -5,10 +5,14 @@
 writes save/0.pt (the initialisation), save/1.pt, … (after each epoch).
 """
 
+import argparse
+import json
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 import models
 import utils
@@ -26,8 +30,42 @@ def options() -> utils.Parser:
     rates = "step size (default: 0.1, with adam 0.001)"
     usual = "100 150, on CIFAR100 150, on ImageNet every 30"
     utils.add_schedule_options(parser, None, rates, None, usual)
+    parser.add_argument(
+        "--average",
+        type=utils.natural,
+        nargs=2,
+        metavar=("START", "END"),
+        help="no training: test the mean of the samples START to END − 1, BatchNorm re-estimated",
+    )
     parser.add("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="what trains")
     return parser
+
+
+def average(args: argparse.Namespace) -> dict:
+    """Test the mean of samples, and save it in the folder average/ of their directory."""
+    directory = args.save_dir / "average"
+    utils.check_config(args, args.save_dir / "config.json")
+    with utils.refusing("--average"):
+        samples = utils.load_samples(args.save_dir, *args.average)
+        if not samples:
+            raise ValueError(f"{args.average}: allowed: START below END")
+    data = utils.load_data(args)
+    model = utils.make_model(args, models.build, data)
+    began = time.perf_counter()
+    with utils.refusing("--average"):
+        for number, sample in zip(range(*args.average), samples, strict=True):
+            utils.check_fits(sample, model, args.save_dir / f"{number}.pt", args.arch)
+    utils.load_into(model, utils.mean_of(samples))
+    update_bn(data.train.epoch(), model)
+    seconds = time.perf_counter() - began
+    run = utils.start_run(args, directory, data, model, {"model": model})
+    row = {"epoch": 0, "seconds": seconds} | utils.evaluate(model, data.test, args.half)
+    with run.lock:
+        run.rows[:] = [row]
+        utils.save(directory / "model.th", utils.summary(run, model.state_dict()))
+        utils.save(directory / "metrics.jsonl", json.dumps(row) + "\n")
+    print(f"{directory}: mean of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %")
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -39,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
     if args.evaluate:
         return utils.evaluate_only(args, models.build, args.save_dir)
+    if args.average:
+        return average(args)
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.transforms import v2 as transforms
 from tqdm import tqdm
 
@@ -112,6 +113,16 @@ def components(text: str) -> int | float:
     allowed = "a whole number from 1, or a fraction of the variance between 0 and 1"
     kind, test = (int, lambda k: k > 0) if text.isdecimal() else (float, lambda f: 0 < f < 1)
     return checked(kind, allowed, test)(text)
+
+
+def sample_or_mean(text: str) -> int | str:
+    """An argparse type: the number of a sample, or "mean"."""
+    return text if text == "mean" else natural(text)
+
+
+def folder(text: str) -> str:
+    """An argparse type: a name of letters, digits, points and lines, that starts with a letter."""
+    return checked(str, "a name, as psgd_random", re.compile(r"[A-Za-z][\w.-]*").fullmatch)(text)
 
 
 def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
@@ -204,6 +215,14 @@ def add_subspace_options(options: Parser) -> None:
         help="one past the last sample")
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
+    add("--basis", metavar="BASIS", default="pca",
+        help="pca, schmidt (all that the samples span), random (a random plane), or a .npz or .npy")
+    add("--start", type=sample_or_mean, metavar="N",
+        help="train from this sample, or from their mean (default: --params_start)")
+    add("--bn-update", action="store_true",
+        help="before each test, BatchNorm's statistics anew over the training images")
+    add("--run", type=folder, metavar="NAME",
+        help="directory in --save-dir (default: the method's, with --basis and --start if given)")
     add("--basis-dtype", choices=["float32", "bfloat16"], default="float32",
         help="how the basis is kept; bfloat16 takes half the memory")
 # fmt: on
@@ -559,6 +578,7 @@ def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------ trajectory and PCA
 
+BASES = ("pca", "schmidt", "random")
 BLOCK = 2**24  # numbers of all samples together that PCA holds in float64 at a time
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -759,7 +779,8 @@ def free_memory(device: str) -> float:
     with contextlib.suppress(OSError, ValueError):  # a container's own limit, where it has one
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())
+        free = min(free, limit - used + int(cached[1]))
     return free
 
 
@@ -815,16 +836,37 @@ def save_basis(file: Path, basis: Basis) -> None:
 def load_basis(file: Path, device: str) -> Basis:
     """Read a basis.npz."""
     arrays = np.load(file)
-    vectors, ratios = (torch.from_numpy(arrays[name]).to(device) for name in Basis._fields[:2])
-    vectors = vectors.view(torch.bfloat16) if vectors.dtype == torch.uint16 else vectors
+    vectors, ratios = (bits(arrays[name]).to(device) for name in Basis._fields[:2])
     return Basis(vectors, ratios, str(arrays["computed_from"]))
+
+
+def bits(array: np.ndarray) -> Tensor:
+    """The array as a tensor; what `save_basis` wrote as bits is bfloat16 again."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def random_basis(k: int, n: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
+    """k orthonormal rows (k, n) of a plane that is uniformly random, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(k, n, generator=generator).to(device)
+    orthonormalise(basis)
+    return basis.to(dtype)
+
+
+def mean_of(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of state dicts, BatchNorm's statistics included."""
+    return {
+        name: (sum(sample[name].double() for sample in samples) / len(samples)).to(first.dtype)
+        for name, first in samples[0].items()
+    }
 
 
 # ------------------------------------------------------------------------- the run directory
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
-SUBSPACE = ("n_components", "params_start", "params_end", "params_stride")
+SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
 RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
 MIDWAY = ("batch_size", "accumulate")  # in the middle of an epoch, these too
 
@@ -980,6 +1022,16 @@ def check_config(args: argparse.Namespace, file: Path) -> None:
         check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
 
 
+def run_directory(args: argparse.Namespace, method: str) -> Path:
+    """Where a subspace run's files are: --run, or a name that tells basis and start."""
+    name = method
+    if args.basis != "pca":
+        name += f"_{Path(args.basis).stem}"
+    if args.start is not None:
+        name += f"_from_{args.start}"
+    return args.save_dir / (args.run or name)
+
+
 def load_trajectory(args: argparse.Namespace) -> list[Mapping[str, Tensor]]:
     """The samples the options name, once it is clear that they are of the same experiment."""
     if not args.save_dir.is_dir():
@@ -1004,24 +1056,67 @@ def extract(
     with refusing():
         for file, sample in zip(files, samples, strict=True):
             check_fits(sample, model, file, args.arch)
-    if not args.pretrained:
+    if args.start == "mean":
+        load_into(model, mean_of(samples))
+    elif args.start is not None:
+        with refusing("--start"):
+            load_file(args, model, args.save_dir / f"{args.start}.pt")
+    elif not args.pretrained:
         load_into(model, samples[0])
     names = [name for name, _ in model.named_parameters()]
-    source = fingerprint(files, args.n_components, args.basis_dtype, names)
+    of = files if args.basis in BASES else [Path(args.basis)]
+    with refusing("--basis", OSError):
+        options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
+        source = fingerprint(of, *options)
     saved = [f for f in args.save_dir.glob("*/basis.npz") if computed_from(f) == source]
     if saved:
         basis = load_basis(saved[0], args.device)
     else:
-        dtype = getattr(torch, args.basis_dtype)
-        with refusing("--n_components"):
-            found = pca(samples, args.n_components, names=names, device=args.device, dtype=dtype)
-        basis = Basis(*found, source)
+        with refusing("--n_components" if args.basis in BASES else "--basis"):
+            basis = Basis(*make_basis(args, samples, names), source)
+    share = basis.explained_variance_ratio.sum()
     print(
-        f"subspace: {len(basis.basis)} directions, {basis.explained_variance_ratio.sum():.2%} of "
-        f"the variance of {len(samples)} samples ({shorten(numbers)})"
+        f"subspace: {args.basis}, {len(basis.basis)} directions"
+        + (f", {share:.2%} of the variance" if share.isfinite() else "")
+        + f" of {len(samples)} samples ({shorten(numbers)})"
         + (f", from {saved[0]}" if saved else "")
     )
     return basis
+
+
+def make_basis(
+    args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """The basis --basis asks for, and the variance it explains: NaN where that is not known.
+
+    Raises ValueError where there is no such basis.
+    """
+    dtype, k = getattr(torch, args.basis_dtype), args.n_components
+    n = sum(shapes(samples[0])[name].numel() for name in names)
+    if args.basis == "random":
+        if isinstance(k, float):
+            raise ValueError(f"{k}: allowed with --basis random: a whole number")
+        check_memory(k, n, dtype, args.device)
+        basis = random_basis(k, n, args.randomseed, dtype, args.device)
+    elif args.basis in BASES:
+        # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
+        # same in either: SGD, and BFGS that starts at the identity, turn with the basis.
+        k = len(samples) - 1 if args.basis == "schmidt" else k
+        return pca(samples, k, names=names, device=args.device, dtype=dtype)
+    else:
+        basis = read_basis(Path(args.basis)).to(args.device, dtype)
+        if basis.dim() != 2 or basis.shape[1] != n or not basis.isfinite().all():
+            raise ValueError(f"{args.basis}: {tuple(basis.shape)}, not finite numbers (k, {n})")
+    return basis, torch.full((len(basis),), math.nan)
+
+
+def read_basis(file: Path) -> Tensor:
+    """The basis in a .npy, or in a .npz under the name `basis`; ValueError where there is none."""
+    try:
+        arrays = np.load(file)
+        return bits(arrays if isinstance(arrays, np.ndarray) else arrays["basis"])
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: no .npy or .npz that holds a basis") from error
 
 
 def restore(
@@ -1349,7 +1444,10 @@ def train_and_test(
         for group in run.state["optimizer"].param_groups:
             group["lr"] = row["lr"]
     row |= train_epoch(run, step, epoch, asked)
-    row |= evaluate(run.state["model"], run.data.test, args.half, asked)
+    model = run.state["model"]
+    if getattr(args, "bn_update", False):
+        update_bn(until_asked(run.data.train.epoch(epoch), asked), model)
+    row |= evaluate(model, run.data.test, args.half, asked)
     rows.append(row)
     run.progress.clear()
     after_epoch(epoch + 1)

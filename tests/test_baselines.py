@@ -1,0 +1,184 @@
+"""Other planes, starts and statistics. Oracles: numpy's QR, torch's mean, a pass by hand."""
+
+import json
+import shutil
+from copy import deepcopy as copy_of
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS
+
+import models
+import report
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+from train_pbfgs import PBFGS
+
+SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5", "--epochs", "2"]
+
+
+@pytest.fixture
+def copy(sampled, tmp_path):
+    """A save dir of the test's own with the sampled trajectory in it."""
+    return shutil.copytree(sampled, tmp_path / "copy")
+
+
+def basis_in(directory) -> np.ndarray:
+    """What basis.npz of a run holds."""
+    return np.load(directory / "basis.npz")["basis"].astype(np.float64)
+
+
+def matrix(save_dir, numbers) -> np.ndarray:
+    """The samples' parameters, a row each."""
+    model = models.build("resnet8", 10)
+    rows = []
+    for number in numbers:
+        model.load_state_dict(torch.load(save_dir / f"{number}.pt"))
+        rows.append(utils.flatten(model).double().numpy())
+    return np.stack(rows)
+
+
+def test_schmidt_spans_what_gram_schmidt_of_all_samples_spans(copy):
+    train_psgd.main([*SUBSPACE, "--basis", "schmidt", "--save-dir", str(copy)])
+    samples = matrix(copy, range(7))
+    oracle = np.linalg.qr((samples - samples.mean(0))[:-1].T)[0]  # the last one is not independent
+    basis = basis_in(copy / "psgd_schmidt")
+    assert len(basis) == 6
+    cosines = np.linalg.svd(basis @ oracle)[1]
+    np.testing.assert_allclose(cosines, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "pbfgs"])
+def test_training_turns_with_the_basis(optimizer, tiny, batch, orthonormal):
+    """Why schmidt can be all components of PCA: θ goes the same way in a basis turned by Q."""
+    images, labels = batch
+    basis = orthonormal(5, utils.flatten(tiny).numel())
+    turn = orthonormal(5, 5, seed=3)
+    ends = []
+    for rows in (basis, turn @ basis):
+        subspace = models.Subspace(copy_of(tiny), rows)
+        z = subspace.coordinates
+        kinds = {"sgd": lambda z: torch.optim.SGD([z], 0.1, 0.9), "pbfgs": lambda z: PBFGS([z])}
+        method = kinds[optimizer](z)
+
+        @torch.no_grad()
+        def evaluate(subspace=subspace):
+            return utils.cross_entropy(subspace, images, labels, False)[0]
+
+        for _ in range(5):
+            subspace.zero_grad()
+            loss, _ = utils.cross_entropy(subspace, images, labels, False)
+            loss.backward()
+            method.step(*([evaluate, loss.detach()] if optimizer == "pbfgs" else []))
+        ends.append(subspace.vector().detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
+
+
+def test_a_random_plane_is_orthonormal_seeded_and_apart_from_the_samples(copy):
+    for name, seed in (("one", "1"), ("again", "1")):
+        options = ["--basis", "random", "--run", name, "--save-dir", str(copy)]
+        train_psgd.main([*SUBSPACE, *options, "--randomseed", seed])
+    basis = basis_in(copy / "one")
+    np.testing.assert_allclose(basis @ basis.T, np.eye(5), atol=1e-6)
+    np.testing.assert_array_equal(basis, basis_in(copy / "again"))
+    samples = matrix(copy, range(7))
+    centred = samples - samples.mean(0)
+    share = np.sum((centred @ basis.T) ** 2) / np.sum(centred**2)
+    assert share < 0.01, "five of 75,290 directions"
+    other = utils.random_basis(5, 75290, 2, torch.float32, "cpu")
+    assert np.abs(basis @ other.double().numpy().T).max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_a_saved_basis_is_taken_as_it_is(kind, copy, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(3, 75290)).astype(np.float32)
+    file = tmp_path / f"mine.{kind}"
+    np.save(file, rows) if kind == "npy" else np.savez(file, basis=rows)
+    train_pbfgs.main([*SUBSPACE, "--basis", str(file), "--save-dir", str(copy)])
+    np.testing.assert_array_equal(basis_in(copy / "pbfgs_mine"), rows)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"), [("3", "psgd_from_3"), ("mean", "psgd_from_mean"), ("0", "psgd_from_0")]
+)
+def test_start(start, name, copy):
+    """The run's origin: θ(0)."""
+    train_psgd.main([*SUBSPACE, "--start", start, "--lr", "0", "--save-dir", str(copy)])
+    model = models.build("resnet8", 10)
+    model.load_state_dict(utils.state_dict_in(copy / name / "model.th"))
+    oracle = matrix(copy, range(7)).mean(0) if start == "mean" else matrix(copy, [int(start)])[0]
+    np.testing.assert_allclose(utils.flatten(model), oracle, atol=1e-6)
+
+
+def test_bn_update_tests_with_statistics_of_the_whole_training_set(copy):
+    """At rate 0 the network stands still: its first layer's mean, by one pass by hand."""
+    options = ["--lr", "0", "--bn-update", "--epochs", "1", "--save-dir", str(copy)]
+    row = train_psgd.main([*SUBSPACE, *options])
+    state = utils.state_dict_in(copy / "psgd" / "model.th")
+    model = models.build("resnet8", 10).train()
+    model.load_state_dict(torch.load(copy / "0.pt"))
+    args = utils.parse(train_psgd.options(), [*SUBSPACE, *options])
+    means = [
+        model.conv1(images).mean((0, 2, 3)) for images, _ in utils.load_data(args).train.epoch(0)
+    ]
+    torch.testing.assert_close(state["bn1.running_mean"], torch.stack(means).mean(0).detach())
+    assert state["bn1.num_batches_tracked"] == len(means)
+    tested = train_psgd.main([*SUBSPACE, *options, "--evaluate"])
+    assert row["test_acc"] == tested["test_acc"]
+
+
+def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
+    command = [*DIGITS, "--average", "3", "7", "--save-dir", str(copy)]
+    row = train_sgd.main(command)
+    model = models.build("resnet8", 10)
+    model.load_state_dict(utils.state_dict_in(copy / "average" / "model.th"))
+    np.testing.assert_allclose(utils.flatten(model), matrix(copy, range(3, 7)).mean(0), atol=1e-6)
+    again = train_sgd.main([*command, "--overwrite"])
+    assert again["test_acc"] == row["test_acc"]
+    for options in (["--basis", "random"], ["--start", "mean", "--bn-update"]):
+        train_psgd.main([*SUBSPACE, *options, "--save-dir", str(copy)])
+    train_pbfgs.main([*SUBSPACE, "--alpha", "0.1", "--save-dir", str(copy)])
+    capsys.readouterr()
+    table = {line[1]: line for line in report.main([str(copy)])}
+    assert table.keys() == {
+        "SGD", "SGD to the last sample", "mean of the samples 3 to 6", "P-SGD, random basis",
+        "P-SGD, from mean, BatchNorm re-estimated", "P+-BFGS",
+    }  # fmt: skip
+    assert table["mean of the samples 3 to 6"][3:5] == ["0", "6"]
+    assert table["P-SGD, random basis"][2:5] == ["5", "2", "8"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (train_psgd, ["--basis", "random", "--n_components", "0.9"], "--n_components: 0.9"),
+        (train_psgd, ["--basis", "rndom"], "--basis"),
+        (train_psgd, ["--basis", "wrong.npy"], "wrong.npy: (3, 4)"),
+        (train_psgd, ["--basis", "text.npy"], "text.npy: no .npy"),
+        (train_psgd, ["--start", "99"], "99.pt"),
+        (train_psgd, ["--start", "-1"], "--start"),
+        (train_psgd, ["--start", "best"], "--start"),
+        (train_psgd, ["--run", "../elsewhere"], "--run"),
+        (train_psgd, ["--run", ""], "--run"),
+        (train_sgd, ["--average", "3", "3"], "--average"),
+        (train_sgd, ["--average", "3", "99"], "--average"),
+        (train_sgd, ["--average", "3"], "--average"),
+    ],
+)
+def test_refused(script, options, message, sampled, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("wrong.npy", np.ones((3, 4)))
+    (tmp_path / "text.npy").write_text("no array")
+    before = sorted(path.name for path in sampled.rglob("*"))
+    base = SUBSPACE if script is train_psgd else DIGITS
+    assert message in refused(script.main, [*base, "--save-dir", sampled, *options])
+    assert sorted(path.name for path in sampled.rglob("*")) == before
+
+
+def test_runs_share_a_trajectory(copy):
+    for name in ("a", "b"):
+        train_psgd.main([*SUBSPACE, "--run", name, "--save-dir", str(copy)])
+        assert json.loads((copy / name / "config.json").read_text())["k"] == 5
