@@ -6,6 +6,7 @@ Directories of the same network, data, label noise and epochs are taken as seeds
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ def read_run(directory: Path) -> tuple[dict, list[dict]]:
     """The arguments of a run and its metrics rows."""
     arguments = json.loads((directory / "config.json").read_text())["arguments"]
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return arguments, [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines]
+    if not all(math.isfinite(row[key]) for row in rows for key in ("epoch", "test_acc", "seconds")):
+        raise ValueError(f"{directory / 'metrics.jsonl'} holds what is not finite")
+    return arguments, rows
 
 
 def method_of(arguments: dict) -> str:
@@ -79,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
     parser.add_argument("save_dirs", nargs="+", type=Path, metavar="SAVE_DIR")
     groups = defaultdict(list)
     for save_dir in parser.parse_args(argv).save_dirs:
-        with utils.refusing(f"{save_dir}: no finished run", (OSError, ValueError, KeyError)):
+        with utils.refusing(f"{save_dir}: no finished run", Exception):
             for key, *numbers in results(save_dir):
                 groups[key].append(numbers)
     rows = []

@@ -67,6 +67,10 @@ chain() {
     run train_sgd.py "${common[@]}" "${sgd[@]}"
     run train_pbfgs.py "${common[@]}" "${pbfgs[@]}"
     run train_psgd.py "${common[@]}" "${psgd[@]}"
+    if [ -n "$average" ]; then # what the claim has to be better than
+        run train_psgd.py "${common[@]}" "${psgd[@]}" --basis random
+        run train_sgd.py "${common[@]}" --average $average
+    fi
 }
 
 target=${1-}
@@ -82,9 +86,9 @@ model=${model:-resnet20} seed=${seed:-1}
 case $target in
 digits)
     prepare requirements.txt
-    datasets=digits
+    datasets=digits average="16 31"
     sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
-    subspace=(--params_end 31 --n_components 20 --batch-size 128)
+    subspace=(--params_end 31 --n_components 20 --batch-size 128 --bn-update)
     pbfgs=(--epochs 20 "${subspace[@]}")
     psgd=(--epochs 30 "${subspace[@]}" --lr 0.3 --milestones 15 25)
     done=()
@@ -96,7 +100,7 @@ digits)
     ;;
 cifar)
     prepare requirements.txt
-    datasets=${datasets:-CIFAR10} c=${c:-0}
+    datasets=${datasets:-CIFAR10} c=${c:-0} average=
     sgd=(--lr 0.1 --epochs=150)
     pbfgs=(--epochs 20 --params_start 0 --params_end 81 --batch-size 1024 --n_components 40)
     psgd=(--epochs 40 --lr 1 --params_start 0 --params_end 81 --batch-size 128 --n_components 40)

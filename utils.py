@@ -16,11 +16,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any, NamedTuple, NoReturn
@@ -105,7 +107,7 @@ positive = checked(int, "a whole number from 1 to 2³¹ − 1", lambda value: 0 
 natural = checked(int, "a whole number from 0 to 2³¹ − 1", lambda value: 0 <= value < 2**31)
 fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 share = checked(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
-amount = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
+amount = checked(float, "a number from 0 to 1e38", lambda value: 0 <= value <= 1e38)
 
 
 def components(text: str) -> int | float:
@@ -123,6 +125,13 @@ def sample_or_mean(text: str) -> int | str:
 def folder(text: str) -> str:
     """An argparse type: a name of letters, digits, points and lines, that starts with a letter."""
     return checked(str, "a name, as psgd_random", re.compile(r"[A-Za-z][\w.-]*").fullmatch)(text)
+
+
+def place(text: str) -> Path:
+    """An argparse type: a path that a file system can have."""
+    if not text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path of names of 1 to 255 bytes")
+    return Path(text)
 
 
 def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
@@ -150,7 +159,7 @@ def parser(
         help="a CIFAR ResNet (resnet8, 20, 32, 44, 56, 110, 1202) or a torchvision classifier")
     add("--datasets", type=one_of("dataset", list(DATASETS)), metavar="NAME", default="CIFAR10",
         help=", ".join(DATASETS))
-    add("--data-dir", type=Path, metavar="DIR", default=Path("../data"),
+    add("--data-dir", type=place, metavar="DIR", default=Path("../data"),
         help="where the dataset is, or is downloaded to")
     add("--image-size", type=positive, metavar="PIXELS",
         help="side of the images of ImageFolder and ImageNet (default: 32 and 224)")
@@ -164,12 +173,12 @@ def parser(
         help="L2 penalty: W / 2 times the squared norm of all parameters")
     add("-p", "--print-freq", type=positive, metavar="N", default=50,
         help="on a terminal, show the loss every N batches")
-    add("--resume", nargs="?", const=True, metavar="PATH",
+    add("--resume", type=place, nargs="?", const=True, metavar="PATH",
         help="go on from this checkpoint (without PATH: the run's own, if there is one)")
     add("--overwrite", action="store_true", help="replace an earlier run in the same directory")
     add("-e", "--evaluate", action="store_true",
         help="only test, the weights of --pretrained or --resume, else the run's own model.th")
-    add("--pretrained", nargs="?", const=True, metavar="PATH",
+    add("--pretrained", type=place, nargs="?", const=True, metavar="PATH",
         help="start from these weights (without PATH: torchvision's, where it has them)")
     add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -181,7 +190,7 @@ def parser(
     add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
     add("--deterministic", action="store_true",
         help="give the same bits at every run, on CUDA too; an operation that cannot is an error")
-    add("--save-dir", type=Path, metavar="DIR", default=Path("save_temp"),
+    add("--save-dir", type=place, metavar="DIR", default=Path("save_temp"),
         help="directory of the trajectory, and of the runs in its subspaces")
     add("--save-every", type=positive, metavar="N", default=10,
         help="write checkpoint.pt and model.th every N epochs, and at the end")
@@ -241,8 +250,15 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
         )
     args.image_size = args.image_size or dataset.image_size
-    if args.resume and args.overwrite:
-        refuse("--overwrite: not with --resume; allowed: one of them")
+    given = {"--resume": args.resume, "--overwrite": args.overwrite, "--start": False}
+    given |= {"--pretrained": args.pretrained, "--start": getattr(args, "start", None) is not None}
+    for one, other in (("--overwrite", "--resume"), ("--start", "--pretrained")):
+        if given[one] and given[other]:
+            refuse(f"{one}: not with {other}; allowed: one of them")
+    if args.evaluate and args.resume and args.pretrained:
+        refuse("--resume: not with --evaluate and --pretrained; allowed: one of them to test")
+    if args.threads and args.threads > (cores := os.cpu_count() or 1):
+        refuse(f"--threads {args.threads}: allowed: 1 to {cores}, the cores there are")
     if args.epochs <= args.start_epoch:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
@@ -528,6 +544,11 @@ def load_data(args: argparse.Namespace) -> Data:
         odd = sorted(set(train.classes) ^ set(test.classes))
         refuse(f"--data-dir {args.data_dir}: in training or test only: {', '.join(odd[:5])}")
     num_classes = len(train.classes)
+    for name, split in (("training", train), ("test", test)):
+        n, labels = len(split.images), split.labels
+        shape = dataset.read is read_folder or split.images.shape[-1] == dataset.image_size
+        if not shape or n != len(labels) or not n or set(labels.tolist()) - set(range(num_classes)):
+            refuse(f"--data-dir {args.data_dir}: not {args.datasets}'s {name} images and labels")
     if args.smalldatasets:
         kept = random_stream(args.randomseed, "subset").permutation(len(train.labels))
         kept = kept[: int(args.smalldatasets * len(kept))]
@@ -592,13 +613,15 @@ def load_samples(
     file that is not whole.
     """
     save_dir = Path(save_dir)
-    files = [save_dir / f"{number}.pt" for number in range(start, end, stride)]
-    missing = [int(file.stem) for file in files if not file.is_file()]
+    numbers = range(start, end, stride)
+    there = {int(f.stem) for f in save_dir.glob("*.pt") if f.stem.isdecimal() and f.is_file()}
+    missing = list(islice((number for number in numbers if number not in there), 4))
     if missing:
-        there = sorted(int(f.stem) for f in save_dir.glob("*.pt") if f.stem.isdecimal())
-        there = f"there are {shorten(there)}" if there else "there are none"
-        raise FileNotFoundError(f"{save_dir} lacks the samples {shorten(missing)}; {there}")
-    samples = [Sample(file) for file in files]
+        last = next(number for number in reversed(numbers) if number not in there)
+        missing = [*missing[:3], last] if len(missing) > 3 else missing
+        have = f"there are {shorten(sorted(there))}" if there else "there are none"
+        raise FileNotFoundError(f"{save_dir} lacks the samples {shorten(missing)}; {have}")
+    samples = [Sample(save_dir / f"{number}.pt") for number in numbers]
     return [s if s.has_places() else state_dict_in(s.file) for s in samples]
 
 
@@ -653,6 +676,14 @@ def shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """The shapes of a state dict's tensors, without reading them."""
     entries = sample.entries if isinstance(sample, Sample) else sample
     return {name: entry.shape for name, entry in entries.items()}
+
+
+def kinds(sample: Mapping[str, Tensor]) -> dict[str, list]:
+    """Shapes, and what else tensors have to share to be copied into each other."""
+    entries = sample.entries if isinstance(sample, Sample) else sample
+    what = ("shape", "layout", "is_quantized", "is_floating_point", "is_complex")
+    found = {name: [getattr(entry, word) for word in what] for name, entry in entries.items()}
+    return {name: [v() if callable(v) else v for v in values] for name, values in found.items()}
 
 
 def part_of(sample: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
@@ -743,7 +774,11 @@ def pca(
     for _, block in column_blocks(samples, names, device):
         gram.addmm_(block, block.T)
     if not gram.isfinite().all():
-        raise ValueError("the samples hold values that are not finite")
+        for position, sample in enumerate(samples):
+            if not all(sample[name].isfinite().all() for name in names):
+                file = getattr(sample, "file", f"sample {position}")
+                raise ValueError(f"{file}: holds values that are not finite")
+        raise ValueError("the samples are too large")
     variances, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
     ratios = variances.clamp(min=0) / gram.trace()
     k = n_components
@@ -833,11 +868,15 @@ def save_basis(file: Path, basis: Basis) -> None:
     save(file, Basis(vectors.numpy(), ratios.numpy(), basis.computed_from)._asdict())
 
 
-def load_basis(file: Path, device: str) -> Basis:
-    """Read a basis.npz."""
-    arrays = np.load(file)
-    vectors, ratios = (bits(arrays[name]).to(device) for name in Basis._fields[:2])
-    return Basis(vectors, ratios, str(arrays["computed_from"]))
+def load_basis(file: Path, n: int, device: str) -> Basis | None:
+    """Read a basis.npz; None where it does not hold k rows of n finite numbers."""
+    with contextlib.suppress(Exception):  # a broken one is computed anew
+        arrays = np.load(file)
+        vectors, ratios = (bits(arrays[name]).to(device) for name in Basis._fields[:2])
+        fits = vectors.shape == (len(ratios), n)
+        if fits and all(row.isfinite().all() for row in vectors):
+            return Basis(vectors, ratios, str(arrays["computed_from"]))
+    return None
 
 
 def bits(array: np.ndarray) -> Tensor:
@@ -927,7 +966,8 @@ def read(file: Path, device: str = "cpu") -> Any:
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old formats: they are read, or refused
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file makes torch raise any of half a dozen kinds
         raise ValueError(f"{file}: not a whole file of tensors ({type(error).__name__})") from error
 
@@ -940,17 +980,27 @@ def state_dict_in(file: Path, device: str = "cpu") -> dict[str, Tensor]:
     state = read(file, device)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.device.type == device
+        for name, value in state.items()
+    ):
         raise ValueError(f"{file}: holds no state dict")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
     """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
-    own, given = shapes(module.state_dict()), shapes(state)
+    own, given = kinds(module.state_dict()), kinds(state)
     for name in own | given:
         if own.get(name) != given.get(name):
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
+
+
+def check_values(state: Mapping[str, Tensor], file: Path) -> None:
+    """ValueError for a state, read from `file`, that holds what is not finite."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{file}: {name} is not finite")
 
 
 @torch.no_grad()
@@ -964,6 +1014,7 @@ def load_file(args: argparse.Namespace, model: nn.Module, file: Path) -> None:
     """Load the weights in `file`; raises ValueError where they do not fit --arch."""
     state = state_dict_in(file)
     check_fits(state, model, file, args.arch)
+    check_values(state, file)
     load_into(model, state)
 
 
@@ -975,7 +1026,10 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
     if arch not in torchvision.models.list_models():
         raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
     weights = torchvision.models.get_model_weights(arch).DEFAULT
-    own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+    try:
+        own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # network, disk or archive
+        raise ValueError(f"{weights} not downloaded ({error}); name a file: PATH") from error
     fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
     load_into(model, own | fits)
     left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
@@ -994,11 +1048,20 @@ def make_model(
     except Exception as error:  # every network fails in its own way on images too small for it
         size = f"{args.image_size} × {args.image_size}"
         refuse(f"--arch {args.arch}: cannot take images of {size} pixels ({error})")
+    if 1 in batch_sizes(len(data.train), data.train.batch_size):
+        initial = {name: value.clone() for name, value in model.state_dict().items()}
+        try:
+            model.train()(torch.zeros(1, 3, args.image_size, args.image_size))
+        except Exception as error:
+            fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
+            what = f"--batch-size {args.batch_size}{fewer}"
+            refuse(f"{what}: a batch of one image, on which {args.arch} cannot train ({error})")
+        load_into(model, initial)
     with refusing("--pretrained"):
         if args.pretrained is True:
             load_torchvision_weights(model, args.arch)
         elif args.pretrained:
-            load_file(args, model, Path(args.pretrained))
+            load_file(args, model, args.pretrained)
     return model.to(args.device)
 
 
@@ -1008,7 +1071,9 @@ def check_same(
     """Refuse where an option that has to be the same differs from what `file` recorded."""
     for name in names:
         value = getattr(args, name, None)
-        if name in recorded and name in args and recorded[name] != value:
+        if name in args and name not in recorded:
+            raise ValueError(f"{file}: does not tell its {name}")
+        if name in args and recorded[name] != value:
             option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
             refuse(f"{option}: {value} here, {recorded[name]} in {file}; they have to be the same")
 
@@ -1018,7 +1083,7 @@ def check_config(args: argparse.Namespace, file: Path) -> None:
     if not file.exists():
         print(f"{file} is missing: not checked that its run had this data, network and seed")
         return
-    with refusing(f"{file}: not readable", (ValueError, KeyError, TypeError)):
+    with refusing(f"{file}: not readable", Exception):
         check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
 
 
@@ -1062,16 +1127,19 @@ def extract(
         with refusing("--start"):
             load_file(args, model, args.save_dir / f"{args.start}.pt")
     elif not args.pretrained:
+        with refusing():
+            check_values(samples[0], files[0])
         load_into(model, samples[0])
     names = [name for name, _ in model.named_parameters()]
+    n = sum(parameter.numel() for parameter in model.parameters())
     of = files if args.basis in BASES else [Path(args.basis)]
     with refusing("--basis", OSError):
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
         source = fingerprint(of, *options)
     saved = [f for f in args.save_dir.glob("*/basis.npz") if computed_from(f) == source]
-    if saved:
-        basis = load_basis(saved[0], args.device)
-    else:
+    basis = next(filter(None, (load_basis(file, n, args.device) for file in saved)), None)
+    where = f", from {saved[0]}" if basis else ""
+    if basis is None:
         with refusing("--n_components" if args.basis in BASES else "--basis"):
             basis = Basis(*make_basis(args, samples, names), source)
     share = basis.explained_variance_ratio.sum()
@@ -1079,7 +1147,7 @@ def extract(
         f"subspace: {args.basis}, {len(basis.basis)} directions"
         + (f", {share:.2%} of the variance" if share.isfinite() else "")
         + f" of {len(samples)} samples ({shorten(numbers)})"
-        + (f", from {saved[0]}" if saved else "")
+        + where
     )
     return basis
 
@@ -1096,6 +1164,8 @@ def make_basis(
     if args.basis == "random":
         if isinstance(k, float):
             raise ValueError(f"{k}: allowed with --basis random: a whole number")
+        if k > n:
+            raise ValueError(f"{k}: allowed: at most the {n} parameters")
         check_memory(k, n, dtype, args.device)
         basis = random_basis(k, n, args.randomseed, dtype, args.device)
     elif args.basis in BASES:
@@ -1123,26 +1193,64 @@ def restore(
     args: argparse.Namespace, directory: Path, state: dict[str, Any], basis: Basis | None
 ) -> tuple[list[dict], dict[str, Any]]:
     """Load the checkpoint that --resume names into `state`; the rows and the progress so far."""
-    file = directory / "checkpoint.pt" if args.resume is True else Path(args.resume or "")
+    file = directory / "checkpoint.pt" if args.resume is True else args.resume
     if not args.resume or (args.resume is True and not file.exists()):
         return [], {}
     with refusing("--resume"):
         checkpoint = read(file)
-        parts = {"states", "rows", "progress", "arguments", "basis", "epoch"}
-        if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
-            raise ValueError(f"{file}: not a checkpoint.pt of these scripts")
-        kept = RESUMED + (MIDWAY if checkpoint["progress"].get("batches") else ())
-        check_same(args, checkpoint["arguments"], kept, file)
-        check_fits(checkpoint["states"]["model"], state["model"], file, args.arch)
-        if basis and checkpoint["basis"] != basis.computed_from:
-            raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
-    load_into(state["model"], checkpoint["states"]["model"])
-    for name in state.keys() - {"model"}:
-        state[name].load_state_dict(checkpoint["states"][name])
-    progress = checkpoint["progress"]
+        try:
+            rows, progress = check_checkpoint(args, checkpoint, state["model"], basis, file)
+            states = [(part, checkpoint["states"][name]) for name, part in state.items()]
+        except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{file}: not a checkpoint.pt of these scripts") from error
+        load_into(*states[0])
+        for optimizer, saved in states[1:]:
+            load_optimizer(optimizer, saved, file)
     begun = f", and {progress['batches']} batches of the next" if progress.get("batches") else ""
     print(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
-    return checkpoint["rows"], progress
+    return rows, progress
+
+
+def check_checkpoint(
+    args: argparse.Namespace, checkpoint: dict, model: nn.Module, basis: Basis | None, file: Path
+) -> tuple[list[dict], dict[str, Any]]:
+    """The rows and the progress in a checkpoint of the same experiment; ValueError for another.
+
+    What is of another type raises whatever it does.
+    """
+    rows, progress = checkpoint["rows"], checkpoint["progress"]
+    kept = RESUMED + (MIDWAY if progress.get("batches") else ())
+    check_same(args, checkpoint["arguments"], kept, file)
+    check_fits(checkpoint["states"]["model"], model, file, args.arch)
+    check_values(checkpoint["states"]["model"], file)
+    if basis and checkpoint["basis"] != basis.computed_from:
+        raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
+    epochs = [row["epoch"] for row in rows]
+    if epochs != list(range(epochs[0], epochs[-1] + 1) if epochs else []) or not (rows or progress):
+        raise ValueError(f"{file}: its rows are not of one epoch after another")
+    if not all(0 <= row["test_acc"] <= 100 and row["epoch"] > 0 for row in rows):
+        raise ValueError(f"{file}: a row has no epoch or accuracy")
+    return rows, progress
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, file: Path) -> None:
+    """Load the state `saved` in `file`; momentum and the like stay those of the options.
+
+    Raises ValueError for a state that does not fit: fused kernels would not look.
+    """
+    own = [{**group, "params": None} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except Exception as error:  # one edited by hand has many ways to be wrong
+        raise ValueError(f"{file}: its optimizer is not this script's") from error
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options | {"params": group["params"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Like the parameter, a step count, or P-BFGS's matrix.
+            shapes = (parameter.shape, (), 2 * parameter.shape)
+            if value is not None and (value.shape not in shapes or not value.isfinite().all()):
+                raise ValueError(f"{file}: the optimizer's {name} does not fit, or is not finite")
 
 
 @contextlib.contextmanager
@@ -1230,7 +1338,8 @@ def start_run(
     basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
     rows, progress = restore(args, directory, state, basis)
-    own = args.resume is True or Path(args.resume or "").resolve().parent == directory.resolve()
+    path = directory if args.resume is True else (args.resume or Path()).resolve().parent
+    own = args.resume and path.resolve() == directory.resolve()
     with refusing("--save-dir"), contextlib.ExitStack() as stack:
         directory.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(directory))
@@ -1318,7 +1427,7 @@ def evaluate_only(
     args: argparse.Namespace, build: Callable[[str, int], nn.Module], directory: Path
 ) -> dict:
     """What --evaluate does: test the weights of --pretrained or --resume, or the run's own."""
-    file = Path(args.resume) if isinstance(args.resume, str) else directory / "model.th"
+    file = args.resume if isinstance(args.resume, Path) else directory / "model.th"
     data = load_data(args)
     model = make_model(args, build, data)
     if not args.pretrained:

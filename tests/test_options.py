@@ -1,6 +1,8 @@
 """Bad input: exit code 2, one line that names the flag or file and what is allowed, no file."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,15 +20,16 @@ import train_sgd
 
 SGD, PSGD, PBFGS = train_sgd, train_psgd, train_pbfgs
 ALL = (SGD, PSGD, PBFGS)
+ROOT = Path(__file__).parent.parent
 
-# (scripts, options, what the line says)
+# (scripts, options, what the line says beside a flag)
 BAD_VALUES = [
     (ALL, "--arch resnet21", "--arch: there is no network 'resnet21'; did you mean"),
     (ALL, "--arch xyzzy", "allowed: resnet8, resnet20"),
     (ALL, "--datasets CIFAR11", "did you mean CIFAR10"),
     (ALL, "--datasets cats", "allowed: digits, CIFAR10, CIFAR100"),
     (ALL, "--corrupt 1.01", "--corrupt: '1.01' is not a number from 0 to 1"),
-    (ALL, "--corrupt -0.1", "--corrupt"),
+    (ALL, "--corrupt -0.1", "--corrupt: '-0.1' is not a number from 0 to 1"),
     (ALL, "--corrupt nan", "--corrupt: 'nan' is not a number from 0 to 1"),
     (ALL, "--corrupt some", "--corrupt: 'some' is not a number from 0 to 1"),
     (ALL, "--smalldatasets 0", "--smalldatasets: '0' is not a number above 0, at most 1"),
@@ -35,11 +38,11 @@ BAD_VALUES = [
     (ALL, "--epochs 0", "--epochs: '0' is not a whole number from 1"),
     (ALL, "--epochs 2.5", "--epochs: '2.5' is not a whole number from 1"),
     (ALL, "--batch-size 0", "--batch-size: '0' is not a whole number from 1"),
-    (ALL, "--start-epoch -1", "--start-epoch"),
+    (ALL, "--start-epoch -1", "--start-epoch: '-1' is not a whole number from 0"),
     (ALL, "--epochs 3 --start-epoch 3", "--epochs 3: allowed: above --start-epoch 3"),
-    (ALL, "--workers -1", "--workers"),
+    (ALL, "--workers -1", "--workers: '-1' is not a whole number from 0"),
     (ALL, "--save-every 0", "--save-every: '0' is not a whole number from 1"),
-    (ALL, "--randomseed -1", "--randomseed"),
+    (ALL, "--randomseed -1", "--randomseed: '-1' is not a whole number from 0"),
     (ALL, "--randomseed 99999999999999999999", "is not a whole number from 0 to 2³¹ − 1"),
     (ALL, "--batch-size 99999999999999999999", "is not a whole number from 1 to 2³¹ − 1"),
     (ALL, "--weight-decay inf", "--weight-decay/--wd: 'inf' is not a number from 0"),
@@ -53,7 +56,7 @@ BAD_VALUES = [
     (ALL, "--resume --overwrite", "--overwrite: not with --resume"),
     (ALL, "--evaluate --save-dir nowhere", "--evaluate: nowhere"),
     ((SGD,), "--datasets ImageFolder --data-dir nowhere", "has no directory nowhere/train"),
-    ((SGD, PSGD), "--lr -1", "--lr"),
+    ((SGD, PSGD), "--lr -1", "--lr/--learning-rate: '-1' is not a number from 0"),
     ((SGD, PSGD), "--lr nan", "'nan' is not a number from 0"),
     ((SGD, PSGD), "--momentum 2", "--momentum: '2' is not a number from 0 to 1"),
     ((SGD, PSGD), "--milestones 3.5", "--milestones: '3.5' is not a whole number from 0"),
@@ -75,17 +78,147 @@ BAD_VALUES = [
     ((PSGD, PBFGS), "--randomseed 2", "--randomseed: 2 here, 1 in"),
     ((PSGD, PBFGS), "--smalldatasets 0.5", "--smalldatasets: 0.5 here, None in"),
     ((PSGD, PBFGS), "--save-dir nowhere", "--save-dir nowhere: there is no such directory"),
-    ((PBFGS,), "--alpha -1", "--alpha"),
+    ((PBFGS,), "--alpha -1", "--alpha: '-1' is not a number from 0"),
     ((PBFGS,), "--gamma 2", "--gamma: '2' is not a number from 0 to 1"),
     ((PBFGS,), "--accumulate 0", "--accumulate: '0' is not a whole number from 1"),
     ((PBFGS,), "--lr 1", "unrecognized arguments: --lr 1"),
+    (ALL, "--arch ResNet20", "there is no network 'ResNet20'; did you mean resnet"),
+    (ALL, "--arch ''", "there is no network ''; allowed: resnet8"),
+    (ALL, "--arch", "expected one argument"),
+    (ALL, "--datasets ''", "there is no dataset ''; allowed: digits, CIFAR10"),
+    (ALL, "--datasets digit", "did you mean digits?"),
+    (ALL, "--data-dir", "expected one argument"),
+    (ALL, "--save-dir", "expected one argument"),
+    (ALL, "--epochs", "expected one argument"),
+    (ALL, "--start-epoch 200", "--epochs 2: allowed: above --start-epoch 200"),
+    (ALL, "--image-size 9", "--image-size 9: allowed with digits: 8"),
+    (ALL, "--resume .", "--resume: .: there is no such file"),
+    (ALL, "--resume=nowhere.pt --overwrite", "--overwrite: not with --resume; allowed: one of"),
+    (ALL, "--pretrained .", "--pretrained: .: there is no such file"),
+    (ALL, "--evaluate --pretrained nowhere.th", "--pretrained: nowhere.th: there is no such file"),
+    (ALL, "--evaluate --resume nowhere.pt", "--evaluate: nowhere.pt: there is no such file"),
+    (ALL, "--evaluate --resume --save-dir nowhere", "--evaluate: nowhere"),
+    (ALL, "--device ''", "invalid choice: '' (choose from"),
+    (ALL, "--device cuda:0", "invalid choice: 'cuda:0' (choose from"),
+    (ALL, "--half=yes", "ignored explicit argument 'yes'"),
+    (ALL, "--half yes", "unrecognized arguments: yes"),
+    (ALL, "--tf32=1", "ignored explicit argument '1'"),
+    (ALL, "--compile=yes", "ignored explicit argument 'yes'"),
+    (ALL, "--deterministic=1", "ignored explicit argument '1'"),
+    (ALL, "--evaluate=1", "ignored explicit argument '1'"),
+    (ALL, "--overwrite=no", "ignored explicit argument 'no'"),
+    (ALL, "--channels-last=no", "ignored explicit argument 'no'"),
+    (ALL, "extra", "unrecognized arguments: extra"),
+    ((SGD,), "--save-dir /dev/null", "File exists: '/dev/null'"),
+    ((SGD,), "--save-dir /dev/null/run", "Not a directory: '/dev/null/run'"),
+    ((SGD,), "--datasets ImageFolder --data-dir /dev/null", "has no directory /dev/null/train"),
+    ((SGD,), "--datasets ImageNet --data-dir nowhere", "has no directory nowhere/train"),
+    ((SGD,), "--datasets CIFAR10 --image-size 8", "--image-size 8: allowed with CIFAR10: 32"),
+    ((SGD,), "--optimizer ''", "invalid choice: '' (choose from"),
+    ((SGD,), "--optimizer SGD", "invalid choice: 'SGD' (choose from"),
+    ((SGD,), "--milestones 3 x", "'x' is not a whole number from 0"),
+    ((SGD,), "--params_end 5", "unrecognized arguments: --params_end 5"),
+    ((SGD, PSGD), "--alpha 1", "unrecognized arguments: --alpha 1"),
+    ((PSGD, PBFGS), "--optimizer adam", "unrecognized arguments: --optimizer adam"),
+    ((PSGD, PBFGS), "--basis-dtype float16", "invalid choice: 'float16' (choose from"),
+    ((PSGD, PBFGS), "--basis-dtype ''", "invalid choice: '' (choose from"),
+    ((PSGD, PBFGS), "--params_end 0", "--params_end 0: allowed: above --params_start 0"),
+    ((PSGD, PBFGS), "--params_start 5 --params_end 3", "allowed: above --params_start 5"),
+    ((PSGD, PBFGS), "--params_start 5", "--n_components: 3 of 2 samples; allowed: at most 1"),
+    ((PSGD, PBFGS), "--params_stride 2147483647", "3 of 1 samples; allowed: at most 0"),
+    ((PSGD, PBFGS), "--params_end 1 --n_components 0.5", "0.5 of 1 samples; allowed: at most 0"),
+    ((PSGD, PBFGS), "--n_components 99999999999999999999", "allowed: at most 6"),
+    ((PSGD, PBFGS), "--save-dir /dev/null", "--save-dir /dev/null: there is no such directory"),
+    ((PSGD, PBFGS), "--save-dir .", ". lacks the samples 0, 1, …, 6; there are none"),
+    ((PSGD, PBFGS), "--basis nowhere.npz", "No such file or directory: 'nowhere.npz'"),
+    ((PSGD, PBFGS), "--basis PCA", "No such file or directory: 'PCA'"),
+    ((PSGD, PBFGS), "--basis ''", "Is a directory: '.'"),
+    ((PSGD, PBFGS), "--basis random --n_components 0.5", "0.5: allowed with --basis random: a"),
+    ((PSGD, PBFGS), "--basis random --n_components 2147483647", "2147483647: allowed: at most"),
+    ((PSGD, PBFGS), "--start 7", "7.pt: there is no such file"),
+    ((PSGD, PBFGS), "--bn-update=1", "ignored explicit argument '1'"),
+    ((SGD,), "--average 3", "expected 2 arguments"),
+    ((SGD,), "--average 3 3", "[3, 3]: allowed: START below END"),
+    ((SGD,), "--average 0 3", "new lacks the samples 0, 1, 2; there are none"),
+    ((SGD,), "--average x 3", "'x' is not a whole number from 0"),
+    ((PBFGS,), "--momentum 0.9", "unrecognized arguments: --momentum 0.9"),
+    ((PBFGS,), "--milestones 3", "unrecognized arguments: --milestones 3"),
+    ((report,), "", "the following arguments are required: SAVE_DIR"),
+    ((report,), "nowhere", "nowhere: no finished run: [Errno 2] No such file or directory"),
+    ((report,), ".", ".: no finished run: [Errno 2] No such file or directory: 'config.json'"),
+    ((report,), "/dev/null", "/dev/null: no finished run: [Errno 20] Not a directory"),
+    ((report,), "--nonsense .", "unrecognized arguments: --nonsense"),
+    ((report,), "--seeds=3 .", "unrecognized arguments: --seeds=3"),
+    ((report,), "--help=all", "ignored explicit argument 'all'"),
+    ((SGD,), "--resume ''", "--resume"),
+    ((SGD,), "--resume '' --overwrite", "--resume"),
+    ((SGD,), "--pretrained ''", "--pretrained"),
+    ((SGD,), "--save-dir ''", "--save-dir"),
+    ((SGD,), f"--save-dir {300 * 'x'}", "--save-dir"),
+    ((PSGD,), f"--save-dir {300 * 'x'}", "--save-dir"),
+    ((SGD,), f"--datasets ImageFolder --data-dir {300 * 'x'}", "--data-dir"),
+    ((SGD,), f"--datasets MNIST --data-dir {300 * 'x'}", "--data-dir"),
+    ((PSGD,), "--lr 1e39", "'1e39' is not a number from 0"),
+    ((PBFGS,), "--alpha 1e39", "'1e39' is not a number from 0"),
+    ((SGD,), "--threads 2147483647", "--threads"),
+    ((SGD,), "--average 0 2147483647", "--average: new lacks the samples"),
+    ((PSGD,), "--params_end 2147483647", "lacks the samples 7, 8, …, 2147483646"),
+    ((PSGD,), "--basis random --n_components 75291", "75291"),
+    ((SGD,), "--arch resnet18 --batch-size 1", "--batch-size 1"),
+    ((SGD,), "--arch resnet18 --smalldatasets 0.001", "--smalldatasets 0.001"),
+    ((SGD,), "--evaluate --pretrained RUN/model.th --resume nowhere.pt", "--resume"),
+    ((PSGD,), "--start mean --pretrained RUN/model.th", "--start"),
 ]
+
+# (scripts, options, what each of them allows, values that are not that)
+WHOLE = "1.5 1e3 0x10 inf nan many '' 2147483648"
+NUMBER = "nan inf some 40% 0,4 ''"
+BAD_TYPES = [
+    (
+        ALL, "--epochs --batch-size --print-freq --save-every --threads --image-size",
+        "a whole number from 1 to 2³¹ − 1", f"0 -1 {WHOLE}",
+    ),
+    (
+        ALL, "--start-epoch --workers --randomseed",
+        "a whole number from 0 to 2³¹ − 1", f"-1 {WHOLE}",
+    ),
+    (ALL, "--corrupt", "a number from 0 to 1", f"-0.1 1.01 {NUMBER}"),
+    (ALL, "--smalldatasets", "a number above 0, at most 1", f"-0.5 0 1.01 {NUMBER}"),
+    (ALL, "--weight-decay", "a number from 0", f"-1 1e999 {NUMBER}"),
+    ((SGD, PSGD), "--lr", "a number from 0", f"-1 1e999 {NUMBER}"),
+    ((SGD, PSGD), "--momentum", "a number from 0 to 1", f"-0.1 1.01 {NUMBER}"),
+    ((SGD, PSGD), "--milestones", "a whole number from 0 to 2³¹ − 1", f"-1 1,2 {WHOLE}"),
+    (
+        (PSGD, PBFGS), "--params_start --params_end",
+        "a whole number from 0 to 2³¹ − 1", f"-1 {WHOLE}",
+    ),
+    ((PSGD, PBFGS), "--params_stride", "a whole number from 1 to 2³¹ − 1", f"0 -1 {WHOLE}"),
+    (
+        (PSGD, PBFGS), "--n_components",
+        "a whole number from 1, or a fraction of the variance between 0 and 1",
+        f"0 -1 0.0 -0.5 1.0 1.5 1e2 {NUMBER}",
+    ),
+    ((PSGD, PBFGS), "--start", "a whole number from 0 to 2³¹ − 1", f"-1 {WHOLE}"),
+    ((PSGD, PBFGS), "--run", "a name, as psgd_random", "'' . .. ../x a/b /tmp 1 _ -1 'a b'"),
+    ((PBFGS,), "--alpha", "a number from 0", f"-1 1e999 {NUMBER}"),
+    ((PBFGS,), "--gamma", "a number from 0 to 1", f"-0.1 1.01 {NUMBER}"),
+    ((PBFGS,), "--accumulate", "a whole number from 1 to 2³¹ − 1", f"0 -1 {WHOLE}"),
+]  # fmt: skip
 CASES = [(script, *case) for scripts, *case in BAD_VALUES for script in scripts]
+TYPES = [
+    (script, option, *case)
+    for scripts, options, *case in BAD_TYPES
+    for script in scripts
+    for option in options.split()
+]
 
 
 def files(directory: Path) -> list:
-    """Everything below a directory, with its time of change."""
-    return sorted((file, file.stat().st_mtime_ns) for file in directory.rglob("*"))
+    """Everything below a directory; of files the time of change and a hash of the content."""
+    return sorted(
+        (file, file.stat().st_mtime_ns, hash(file.read_bytes())) if file.is_file() else (file,)
+        for file in directory.rglob("*")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +227,127 @@ def save_dir(sampled, tmp_path_factory):
     return shutil.copytree(sampled, tmp_path_factory.mktemp("bad") / "run")
 
 
-@pytest.mark.parametrize(("script", "options", "message"), CASES)
-def test_refused(script, options, message, save_dir, tmp_path, refused, monkeypatch):
+@pytest.fixture
+def refuse(save_dir, tmp_path, refused, monkeypatch):
+    """Call a script with bad options on good ones; its line says what is wrong with which.
+
+    SGD gets a new save dir, the others one with a trajectory; nothing is written in either.
+    """
     monkeypatch.chdir(tmp_path)
-    base = [*DIGITS, "--save-dir", tmp_path / "new" if script is SGD else save_dir]
-    if script is not SGD:
-        base += ["--params_end", "7", "--n_components", "3"]
+    base = [*DIGITS, "--epochs", "2", "--save-dir", str(save_dir)]
+    samples = ["--params_end", "7", "--n_components", "3"]
+    bases = {SGD: [*base[:-1], "new"], PSGD: base + samples, PBFGS: base + samples, report: []}
     before = files(save_dir)
-    line = refused(script.main, [*base, *options.split()])
-    assert message in line
+
+    def call(script, options: str, message: str) -> None:
+        given = [*bases[script], *shlex.split(options)]
+        line = refused(script.main, given)
+        assert message in line
+        flags = [word.partition("=")[0] for word in given if word[:2] == "--"]
+        assert "arguments" in line or not flags or any(flag in line for flag in flags)
+        assert files(save_dir) == before
+        assert list(tmp_path.iterdir()) == []
+
+    return call
+
+
+@pytest.mark.parametrize(("script", "options", "message"), CASES)
+def test_refused(script, options, message, refuse):
+    refuse(script, options, message)
+
+
+@pytest.mark.parametrize(("script", "option", "allowed", "values"), TYPES)
+def test_values_of_another_type_or_out_of_range(script, option, allowed, values, refuse):
+    for value in shlex.split(values):
+        refuse(script, f"{option} {shlex.quote(value)}", f"{value!r} is not {allowed}")
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_every_option_is_tried(script):
+    """Oracle: --help; an option without a bad value in the tables fails here."""
+    words = [word for case in CASES + TYPES if case[0] is script for word in case[1].split()]
+    tried = {word.partition("=")[0] for word in words}
+    for action in script.options()._actions[1:]:
+        assert tried & set(action.option_strings), action.option_strings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--corrupt 2",
+        "--epochs 2 --start-epoch 2",
+        "--smalldatasets 1e-9",
+        "--arch alexnet",
+        "--pretrained nowhere.th",
+        "--pretrained",
+        "--datasets ImageFolder --data-dir nowhere",
+        "--resume",
+    ],
+)
+def test_what_is_refused_overwrites_nothing(options, save_dir, refused, monkeypatch, tmp_path):
+    """Also what is refused late, once --overwrite is known to be asked for."""
+    monkeypatch.chdir(tmp_path)
+    before = files(save_dir)
+    line = refused(SGD.main, [*DIGITS, "--save-dir", save_dir, "--overwrite", *options.split()])
+    assert any(word in line for word in options.split() if word.startswith("--"))
     assert files(save_dir) == before
+
+
+def test_compile_is_refused_where_there_is_no_compiler(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
+    options = ["--device", "cpu", "--compile", "--save-dir", tmp_path / "new"]
+    assert "--compile: needs a C++ compiler" in refused(SGD.main, [*DIGITS, *options])
     assert list(tmp_path.iterdir()) == []
+
+
+# (arguments of run.sh, its settings, what the line says)
+RUN_SH = [
+    ("cats", "", "run.sh: there is no target 'cats'; usage: ./run.sh [digits|cifar|test"),
+    ("--seed", "", "run.sh: there is no target '--seed'; usage: ./run.sh [digits|cifar|test"),
+    ("digits cifar", "", "run.sh: usage: ./run.sh [digits|cifar|test"),
+    ("cifar cifar", "c=2", "run.sh: usage: ./run.sh [digits|cifar|test"),
+    ("digits", "c=2", "--corrupt: '2' is not a number from 0 to 1"),
+    ("cifar", "seed=-1", "--randomseed: '-1' is not a whole number from 0"),
+    ("digits", "model=resnet21", "--arch: there is no network 'resnet21'; did you mean"),
+]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """All of RUN_SH, on a copy of the project: they run at once, most of each is starting torch."""
+    project = tmp_path_factory.mktemp("run_sh")
+    for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "models", project / "models")
+    kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
+    kept |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    before = files(project)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = []
+    for words, settings, _ in RUN_SH:
+        environment = kept | dict(word.split("=") for word in shlex.split(settings))
+        command = ["bash", "run.sh", *words.split()]
+        processes.append(subprocess.Popen(command, cwd=project, env=environment, **pipes))
+    yield project, before, processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", range(len(RUN_SH)))
+def test_run_sh_refuses(number, started):
+    """What a script refuses is on stdout, after the command, as a log would have it."""
+    project, before, processes = started
+    out, error = processes[number].communicate(timeout=100)
+    assert processes[number].returncode == 2, out + error
+    lines, message = (out + error).splitlines(), RUN_SH[number][-1]
+    assert message in lines[-1]
+    if message.startswith("run.sh: "):
+        assert (len(lines), out) == (1, "")
+    else:
+        assert (len(lines), error) == (2, "")
+        assert lines[0].startswith("+ ")
+    assert files(project) == before
 
 
 def test_cuda_is_refused_where_there_is_none(refused, tmp_path, monkeypatch):

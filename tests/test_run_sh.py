@@ -97,8 +97,13 @@ def test_settings_are_the_published_variables(project, tiny):
 def test_digits_runs_clean_and_noisy_labels(project, tiny):
     done = run(project, "digits", PYTHONPATH=tiny)
     assert done.returncode == 0, done.stderr
-    scripts = ["train_sgd.py", "train_pbfgs.py", "train_psgd.py"]
-    assert [command[0] for command in commands(done.stdout)] == scripts * 2
+    lines = commands(done.stdout)
+    chain = ["train_sgd.py", "train_pbfgs.py", "train_psgd.py"]
+    baselines = ["train_psgd.py", "train_sgd.py"]
+    assert [command[0] for command in lines] == (chain + baselines) * 2
+    # The random plane is trained as the samples' is.
+    assert sorted([*lines[2], "basis random"]) == sorted(lines[3])
+    assert "average 16 31" in lines[4]
     reported = done.stdout.splitlines()[-1].split()[2:]
     assert [name.split("_")[1] for name in reported] == ["labelnoise0", "labelnoise0.4"]
 
