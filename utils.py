@@ -105,6 +105,7 @@ def checked(kind: type, allowed: str, test: Callable[[Any], bool]) -> Callable[[
 
 positive = checked(int, "a whole number from 1 to 2³¹ − 1", lambda value: 0 < value < 2**31)
 natural = checked(int, "a whole number from 0 to 2³¹ − 1", lambda value: 0 <= value < 2**31)
+threads = checked(int, "a whole number from 1 to 1024", lambda value: 0 < value <= 1024)
 fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 share = checked(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 amount = checked(float, "a number from 0 to 1e38", lambda value: 0 <= value <= 1e38)
@@ -186,7 +187,7 @@ def parser(
     add("--channels-last", action=argparse.BooleanOptionalAction,
         help="give the network its images in channels_last memory format (default: on the CPU)")
     add("--compile", action="store_true", help="compile the network (torch.compile)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: as torch decides)")
+    add("--threads", type=threads, metavar="N", help="CPU threads (default: as torch decides)")
     add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
     add("--deterministic", action="store_true",
         help="give the same bits at every run, on CUDA too; an operation that cannot is an error")
@@ -225,7 +226,8 @@ def add_subspace_options(options: Parser) -> None:
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
     add("--basis", metavar="BASIS", default="pca",
-        help="pca, schmidt (all that the samples span), random (a random plane), or a .npz or .npy")
+        help="pca; schmidt: all that the samples span, whatever K; random: K random directions; "
+        "or a file, .npz or .npy")
     add("--start", type=sample_or_mean, metavar="N",
         help="train from this sample, or from their mean (default: --params_start)")
     add("--bn-update", action="store_true",
@@ -257,8 +259,6 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             refuse(f"{one}: not with {other}; allowed: one of them")
     if args.evaluate and args.resume and args.pretrained:
         refuse("--resume: not with --evaluate and --pretrained; allowed: one of them to test")
-    if args.threads and args.threads > (cores := os.cpu_count() or 1):
-        refuse(f"--threads {args.threads}: allowed: 1 to {cores}, the cores there are")
     if args.epochs <= args.start_epoch:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
@@ -1174,9 +1174,11 @@ def make_basis(
         k = len(samples) - 1 if args.basis == "schmidt" else k
         return pca(samples, k, names=names, device=args.device, dtype=dtype)
     else:
-        basis = read_basis(Path(args.basis)).to(args.device, dtype)
-        if basis.dim() != 2 or basis.shape[1] != n or not basis.isfinite().all():
+        basis = read_basis(Path(args.basis))
+        fits = basis.dim() == 2 and len(basis) > 0 and basis.shape[1] == n
+        if not fits or not basis.is_floating_point() or not basis.isfinite().all():
             raise ValueError(f"{args.basis}: {tuple(basis.shape)}, not finite numbers (k, {n})")
+        basis = basis.to(args.device, dtype)
     return basis, torch.full((len(basis),), math.nan)
 
 

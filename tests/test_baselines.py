@@ -158,6 +158,8 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
         (train_psgd, ["--basis", "rndom"], "--basis"),
         (train_psgd, ["--basis", "wrong.npy"], "wrong.npy: (3, 4)"),
         (train_psgd, ["--basis", "text.npy"], "text.npy: no .npy"),
+        (train_psgd, ["--basis", "complex.npy"], "complex.npy: (3, 75290)"),
+        (train_psgd, ["--basis", "empty.npy"], "empty.npy: (0, 75290)"),
         (train_psgd, ["--start", "99"], "99.pt"),
         (train_psgd, ["--start", "-1"], "--start"),
         (train_psgd, ["--start", "best"], "--start"),
@@ -171,6 +173,8 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
 def test_refused(script, options, message, sampled, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("wrong.npy", np.ones((3, 4)))
+    np.save("complex.npy", 1j * np.ones((3, 75290)))
+    np.save("empty.npy", np.ones((0, 75290)))
     (tmp_path / "text.npy").write_text("no array")
     before = sorted(path.name for path in sampled.rglob("*"))
     base = SUBSPACE if script is train_psgd else DIGITS
