@@ -160,7 +160,9 @@ BAD_VALUES = [
     ((SGD,), f"--datasets MNIST --data-dir {300 * 'x'}", "--data-dir"),
     ((PSGD,), "--lr 1e39", "'1e39' is not a number from 0"),
     ((PBFGS,), "--alpha 1e39", "'1e39' is not a number from 0"),
-    ((SGD,), "--threads 2147483647", "--threads"),
+    (ALL, "--threads 0", "'0' is not a whole number from 1 to 1024"),
+    (ALL, "--threads 2147483647", "is not a whole number from 1 to 1024"),
+    (ALL, "--threads many", "is not a whole number from 1 to 1024"),
     ((SGD,), "--average 0 2147483647", "--average: new lacks the samples"),
     ((PSGD,), "--params_end 2147483647", "lacks the samples 7, 8, …, 2147483646"),
     ((PSGD,), "--basis random --n_components 75291", "75291"),
@@ -175,7 +177,7 @@ WHOLE = "1.5 1e3 0x10 inf nan many '' 2147483648"
 NUMBER = "nan inf some 40% 0,4 ''"
 BAD_TYPES = [
     (
-        ALL, "--epochs --batch-size --print-freq --save-every --threads --image-size",
+        ALL, "--epochs --batch-size --print-freq --save-every --image-size",
         "a whole number from 1 to 2³¹ − 1", f"0 -1 {WHOLE}",
     ),
     (
