@@ -219,7 +219,7 @@ def test_details_are_means_over_the_steps():
     images = Images(random_split(9), DATASETS["digits"], 4, "cpu", 1)
     args = argparse.Namespace(randomseed=1, print_freq=1)
     args.device = "cpu"
-    data, state = utils.Data(images, images, 10, 0), {"model": torch.nn.Module()}
+    data, state = utils.Data(images, images, 10, 0), {"model": torch.nn.Linear(1, 1)}
     run = utils.Run(args, None, data, state, [], {}, None, None)
     loss, output = torch.tensor(0.5), torch.eye(10)
 
