@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """End the program: one line on stderr that says what is wrong, exit code 2."""
+    """End the program: one line on stderr that says what is wrong, and the exit code."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -252,7 +252,7 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
         )
     args.image_size = args.image_size or dataset.image_size
-    given = {"--resume": args.resume, "--overwrite": args.overwrite, "--start": False}
+    given = {"--resume": args.resume, "--overwrite": args.overwrite}
     given |= {"--pretrained": args.pretrained, "--start": getattr(args, "start", None) is not None}
     for one, other in (("--overwrite", "--resume"), ("--start", "--pretrained")):
         if given[one] and given[other]:
