@@ -53,8 +53,7 @@ def average(args: argparse.Namespace) -> dict:
     model = utils.make_model(args, models.build, data)
     began = time.perf_counter()
     with utils.refusing("--average"):
-        for number, sample in zip(range(*args.average), samples, strict=True):
-            utils.check_fits(sample, model, args.save_dir / f"{number}.pt", args.arch)
+        utils.check_samples(args, samples, range(*args.average), model)
     utils.load_into(model, utils.mean_of(samples))
     update_bn(data.train.epoch(), model)
     seconds = time.perf_counter() - began

@@ -252,10 +252,12 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
         )
     args.image_size = args.image_size or dataset.image_size
-    given = {"--resume": args.resume, "--overwrite": args.overwrite}
-    given |= {"--pretrained": args.pretrained, "--start": getattr(args, "start", None) is not None}
-    for one, other in (("--overwrite", "--resume"), ("--start", "--pretrained")):
-        if given[one] and given[other]:
+    started = getattr(args, "start", None) is not None
+    for one, other, both in (
+        ("--overwrite", "--resume", args.overwrite and args.resume),
+        ("--start", "--pretrained", started and args.pretrained),
+    ):
+        if both:
             refuse(f"{one}: not with {other}; allowed: one of them")
     if args.evaluate and args.resume and args.pretrained:
         refuse("--resume: not with --evaluate and --pretrained; allowed: one of them to test")
@@ -672,18 +674,22 @@ class Sample(Mapping):
         return len(self.entries)
 
 
+def entries_of(sample: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict's tensors, without the values of those that are in a file."""
+    return sample.entries if isinstance(sample, Sample) else sample
+
+
 def shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes of a state dict's tensors, without reading them."""
-    entries = sample.entries if isinstance(sample, Sample) else sample
-    return {name: entry.shape for name, entry in entries.items()}
+    """The shapes of a state dict's tensors."""
+    return {name: entry.shape for name, entry in entries_of(sample).items()}
 
 
-def kinds(sample: Mapping[str, Tensor]) -> dict[str, list]:
+def kinds(sample: Mapping[str, Tensor]) -> dict[str, tuple]:
     """Shapes, and what else tensors have to share to be copied into each other."""
-    entries = sample.entries if isinstance(sample, Sample) else sample
-    what = ("shape", "layout", "is_quantized", "is_floating_point", "is_complex")
-    found = {name: [getattr(entry, word) for word in what] for name, entry in entries.items()}
-    return {name: [v() if callable(v) else v for v in values] for name, values in found.items()}
+    return {
+        name: (e.shape, e.layout, e.is_quantized, e.is_floating_point(), e.is_complex())
+        for name, e in entries_of(sample).items()
+    }
 
 
 def part_of(sample: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
@@ -996,6 +1002,14 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch:
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
 
 
+def check_samples(
+    args: argparse.Namespace, samples: Iterable[Mapping], numbers: Iterable[int], model: nn.Module
+) -> None:
+    """ValueError for a sample, of those with these numbers, that is not of the model."""
+    for number, sample in zip(numbers, samples, strict=True):
+        check_fits(sample, model, args.save_dir / f"{number}.pt", args.arch)
+
+
 def check_values(state: Mapping[str, Tensor], file: Path) -> None:
     """ValueError for a state, read from `file`, that holds what is not finite."""
     for name, value in state.items():
@@ -1119,8 +1133,7 @@ def extract(
     numbers = range(args.params_start, args.params_end, args.params_stride)
     files = [args.save_dir / f"{number}.pt" for number in numbers]
     with refusing():
-        for file, sample in zip(files, samples, strict=True):
-            check_fits(sample, model, file, args.arch)
+        check_samples(args, samples, numbers, model)
     if args.start == "mean":
         load_into(model, mean_of(samples))
     elif args.start is not None:
@@ -1136,16 +1149,18 @@ def extract(
     with refusing("--basis", OSError):
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
         source = fingerprint(of, *options)
-    saved = [f for f in args.save_dir.glob("*/basis.npz") if computed_from(f) == source]
-    basis = next(filter(None, (load_basis(file, n, args.device) for file in saved)), None)
-    where = f", from {saved[0]}" if basis else ""
-    if basis is None:
+    where = ""
+    for file in args.save_dir.glob("*/basis.npz"):
+        if computed_from(file) == source and (basis := load_basis(file, n, args.device)):
+            where = f", from {file}"
+            break
+    else:
         with refusing("--n_components" if args.basis in BASES else "--basis"):
-            basis = Basis(*make_basis(args, samples, names), source)
-    share = basis.explained_variance_ratio.sum()
+            basis = Basis(*make_basis(args, samples, names, n), source)
+    explained = basis.explained_variance_ratio.sum()
     print(
         f"subspace: {args.basis}, {len(basis.basis)} directions"
-        + (f", {share:.2%} of the variance" if share.isfinite() else "")
+        + (f", {explained:.2%} of the variance" if explained.isfinite() else "")
         + f" of {len(samples)} samples ({shorten(numbers)})"
         + where
     )
@@ -1153,14 +1168,13 @@ def extract(
 
 
 def make_basis(
-    args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+    args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], n: int
 ) -> tuple[Tensor, Tensor]:
-    """The basis --basis asks for, and the variance it explains: NaN where that is not known.
+    """The basis (k, n) of --basis, and the variance it explains: NaN where that is not known.
 
     Raises ValueError where there is no such basis.
     """
     dtype, k = getattr(torch, args.basis_dtype), args.n_components
-    n = sum(shapes(samples[0])[name].numel() for name in names)
     if args.basis == "random":
         if isinstance(k, float):
             raise ValueError(f"{k}: allowed with --basis random: a whole number")
@@ -1250,8 +1264,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, file: Path) -> 
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             # Like the parameter, a step count, or P-BFGS's matrix.
-            shapes = (parameter.shape, (), 2 * parameter.shape)
-            if value is not None and (value.shape not in shapes or not value.isfinite().all()):
+            allowed = (parameter.shape, (), 2 * parameter.shape)
+            if value is not None and (value.shape not in allowed or not value.isfinite().all()):
                 raise ValueError(f"{file}: the optimizer's {name} does not fit, or is not finite")
 
 
@@ -1471,7 +1485,8 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
                 done += 1
                 if done % args.print_freq == 0 or done == steps:
                     check_finite(run, totals, epoch, done)
-                    bar.set_postfix(loss=f"{loss:.4f}")
+                    if not bar.disable:
+                        bar.set_postfix(loss=f"{loss:.4f}")
         finally:
             seconds = time.perf_counter() - began
             progress.update(batches=done, totals=dict(totals), seconds=seconds)
@@ -1533,7 +1548,7 @@ def fit(
         except StopAsked:
             if run.progress:
                 check_finite(run, run.progress["totals"], epoch, run.progress["batches"])
-            save_checkpoint(run, export())
+            save_checkpoint(run, summary(run, export()))
             name = signal.Signals(asked[0]).name
             refuse(f"stopped by {name}; the same command with --resume goes on", 128 + asked[0])
     best = max(rows, key=lambda row: row["test_acc"])
@@ -1566,8 +1581,9 @@ def train_and_test(
     save(run.directory / "metrics.jsonl", lines)
     if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
         # model.th first: with the checkpoint the epoch counts as done, and all of it is there.
-        save(run.directory / "model.th", summary(run, export()))
-        save_checkpoint(run, export())
+        content = summary(run, export())
+        save(run.directory / "model.th", content)
+        save_checkpoint(run, content)
     print(
         f"epoch {epoch + 1:3d}/{args.epochs}  "
         f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
@@ -1587,12 +1603,14 @@ def summary(run: Run, weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(run: Run, weights: dict[str, Tensor]) -> None:
-    """Write checkpoint.pt with all that --resume needs."""
-    content = summary(run, weights)
-    content["states"] = {name: part.state_dict() for name, part in run.state.items()}
-    content |= {"rows": run.rows, "progress": run.progress}
+def save_checkpoint(run: Run, content: dict[str, Any]) -> None:
+    """Write checkpoint.pt: the summary `content`, and all that --resume needs."""
     names = [name for name in RESUMED + MIDWAY if name in run.args]
-    content["arguments"] = {name: getattr(run.args, name) for name in names}
-    content["basis"] = run.basis and run.basis.computed_from
-    save(run.directory / "checkpoint.pt", content)
+    needed = {
+        "states": {name: part.state_dict() for name, part in run.state.items()},
+        "rows": run.rows,
+        "progress": run.progress,
+        "arguments": {name: getattr(run.args, name) for name in names},
+        "basis": run.basis and run.basis.computed_from,
+    }
+    save(run.directory / "checkpoint.pt", content | needed)

@@ -1,5 +1,6 @@
 """What several test files need: small runs of the real scripts."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def sampled(tmp_path_factory) -> Path:
     save_dir = tmp_path_factory.mktemp("sampled")
     train_sgd.main([*DIGITS, "--epochs", "6", "--save-dir", str(save_dir)])
     return save_dir
+
+
+@pytest.fixture
+def copy(sampled, tmp_path) -> Path:
+    """A save dir of the test's own with the sampled trajectory in it."""
+    return shutil.copytree(sampled, tmp_path / "copy")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Other planes, starts and statistics. Oracles: numpy's QR, torch's mean, a pass by hand."""
 
 import json
-import shutil
 from copy import deepcopy as copy_of
 
 import numpy as np
@@ -18,12 +17,6 @@ import utils
 from train_pbfgs import PBFGS
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5", "--epochs", "2"]
-
-
-@pytest.fixture
-def copy(sampled, tmp_path):
-    """A save dir of the test's own with the sampled trajectory in it."""
-    return shutil.copytree(sampled, tmp_path / "copy")
 
 
 def basis_in(directory) -> np.ndarray:

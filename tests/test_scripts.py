@@ -35,12 +35,6 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture
-def copy(sampled, tmp_path) -> Path:
-    """A save dir of the test's own with the sampled trajectory in it."""
-    return shutil.copytree(sampled, tmp_path / "copy")
-
-
 PUBLISHED = """
 python -u train_sgd.py --datasets CIFAR10 --lr 0.1 --corrupt 0.2 --arch=resnet20 --epochs=150 \
     --save-dir=save_labelnoise0.2_resnet20
