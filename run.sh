@@ -8,7 +8,8 @@ cd "$(dirname "$0")"
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-4294967296}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
 
-usage='usage: ./run.sh [digits|cifar|test|bench|lint]   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
+usage='usage: ./run.sh [digits|cifar|digits-full|cifar-small|test|bench|lint]'
+usage+='   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
 
 # Does interpreter $1 have what the requirements files $2 … ask for?
 has() {
@@ -59,11 +60,12 @@ run() {
 
 # The three scripts with a target's settings; each goes on where an interrupted chain stopped.
 chain() {
-    save_dir=save_labelnoise${c}_$model
+    save_dir=save_labelnoise${c}_$model${small:+_$small}
     if [ "$datasets" != CIFAR10 ]; then save_dir+=_$datasets; fi
     if [ "$seed" != 1 ]; then save_dir+=_seed$seed; fi
-    local common=(--datasets "$datasets" --corrupt "$c" --arch="$model" --randomseed "$seed"
-        --save-dir="$save_dir" --resume ${data_dir:+--data-dir="$data_dir"})
+    common=(--datasets "$datasets" --corrupt "$c" --arch="$model" --randomseed "$seed"
+        --save-dir="$save_dir" --resume ${data_dir:+--data-dir="$data_dir"}
+        ${small:+--smalldatasets "$small"} $options)
     run train_sgd.py "${common[@]}" "${sgd[@]}"
     run train_pbfgs.py "${common[@]}" "${pbfgs[@]}"
     run train_psgd.py "${common[@]}" "${psgd[@]}"
@@ -71,6 +73,25 @@ chain() {
         run train_psgd.py "${common[@]}" "${psgd[@]}" --basis random
         run train_sgd.py "${common[@]}" --average $average
     fi
+    save_dirs+=("$save_dir")
+}
+
+# The settings of the targets on digits; they were chosen on the seeds 1 to 3.
+digits() {
+    datasets=digits average="16 31"
+    sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
+    subspace=(--n_components 20 --params_end 31 --batch-size 128 --bn-update)
+    pbfgs=(--epochs 20 "${subspace[@]}")
+    psgd=(--epochs 30 --lr 0.3 --milestones 15 25 "${subspace[@]}")
+}
+
+# And of those on a tenth of CIFAR-10.
+cifar_small() {
+    datasets=${datasets:-CIFAR10} small=0.1 options=${options:---half --compile} average="16 31"
+    sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
+    subspace=(--n_components 20 --params_end 31 --bn-update)
+    pbfgs=(--epochs 20 --batch-size 500 "${subspace[@]}")
+    psgd=(--epochs 30 --lr 1 --milestones 15 25 --batch-size 128 "${subspace[@]}")
 }
 
 target=${1-}
@@ -82,30 +103,47 @@ if [ -z "$target" ]; then
     echo "run.sh: CUDA is $([ "$cuda" = True ] && echo here || echo not here), so this runs $target; $usage"
 fi
 
-model=${model:-resnet20} seed=${seed:-1}
+model=${model:-resnet20} options=${options-} small= save_dirs=()
 case $target in
 digits)
     prepare requirements.txt
-    datasets=digits average="16 31"
-    sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
-    subspace=(--params_end 31 --n_components 20 --batch-size 128 --bn-update)
-    pbfgs=(--epochs 20 "${subspace[@]}")
-    psgd=(--epochs 30 "${subspace[@]}" --lr 0.3 --milestones 15 25)
-    done=()
-    for c in ${c:-0 0.4}; do
-        chain
-        done+=("$save_dir")
+    digits
+    seed=${seed:-1}
+    for c in ${c:-0 0.4}; do chain; done
+    run report.py "${save_dirs[@]}"
+    ;;
+digits-full) # noise levels, and numbers of dimensions, over seeds that no setting was chosen on
+    prepare requirements.txt
+    digits
+    noises=${c:-0 0.2 0.4 0.6 0.8}
+    for seed in ${seed:-4 5 6 7 8}; do
+        for c in $noises; do
+            chain
+            case $c in 0 | 0.4) ;; *) continue ;; esac
+            for k in 2 5 10 20 40; do
+                run train_psgd.py "${common[@]}" "${psgd[@]}" --params_end 41 --n_components $k --run psgd_k$k
+            done
+        done
     done
-    run report.py "${done[@]}"
+    run report.py "${save_dirs[@]}"
     ;;
 cifar)
     prepare requirements.txt
-    datasets=${datasets:-CIFAR10} c=${c:-0} average=
+    datasets=${datasets:-CIFAR10} c=${c:-0} seed=${seed:-1} average=
     sgd=(--lr 0.1 --epochs=150)
     pbfgs=(--epochs 20 --params_start 0 --params_end 81 --batch-size 1024 --n_components 40)
     psgd=(--epochs 40 --lr 1 --params_start 0 --params_end 81 --batch-size 128 --n_components 40)
     chain
     run report.py "$save_dir"
+    ;;
+cifar-small)
+    prepare requirements.txt
+    cifar_small
+    noises=${c:-0 0.4}
+    for seed in ${seed:-1 2}; do
+        for c in $noises; do chain; done
+    done
+    run report.py "${save_dirs[@]}"
     ;;
 test)
     prepare requirements.txt tests/requirements.txt

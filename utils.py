@@ -1571,6 +1571,8 @@ def train_and_test(
             group["lr"] = row["lr"]
     row |= train_epoch(run, step, epoch, asked)
     model = run.state["model"]
+    if run.basis:
+        row["coordinates"] = model.coordinates.tolist()  # the path in the plane
     if getattr(args, "bn_update", False):
         update_bn(until_asked(run.data.train.epoch(epoch), asked), model)
     row |= evaluate(model, run.data.test, args.half, asked)

@@ -108,13 +108,39 @@ def test_digits_runs_clean_and_noisy_labels(project, tiny):
     assert [name.split("_")[1] for name in reported] == ["labelnoise0", "labelnoise0.4"]
 
 
+def test_digits_full_runs_five_noise_levels_over_five_seeds_and_a_curve_over_k(project, tiny):
+    done = run(project, "digits-full", seed="4 5", c="0.4 0.6", PYTHONPATH=tiny)
+    lines = [" ".join(command) for command in commands(done.stdout)]
+    assert len(lines) == 4 * 5 + 2 * 5, "the curve is for c = 0.4 alone"
+    assert sum("run psgd_k40" in line and "n_components 40" in line for line in lines) == 2
+    assert len(done.stdout.splitlines()[-1].split()[2:]) == 4
+    done = run(project, "digits-full", PYTHONPATH=tiny)
+    assert len(done.stdout.splitlines()[-1].split()[2:]) == 25
+
+
+def test_cifar_small_takes_its_images_from_anywhere(project, tiny):
+    options = {"datasets": "ImageFolder", "data_dir": "/data", "options": "--threads 1"}
+    done = run(project, "cifar-small", **options, PYTHONPATH=tiny)
+    lines = [" ".join(command) for command in commands(done.stdout)]
+    assert len(lines) == 4 * 5
+    for line in lines:
+        assert "datasets ImageFolder" in line
+        assert "smalldatasets 0.1" in line
+        assert "threads 1" in line
+        assert "compile" not in line, "given options take the place of the target's own"
+    assert (project / "save_labelnoise0.4_resnet20_0.1_ImageFolder_seed2").is_dir()
+    done = run(project, "cifar-small", c=0, seed=1, PYTHONPATH=tiny)
+    for command in commands(done.stdout):
+        assert {"--datasets CIFAR10", "half", "compile"} <= set(command)
+
+
 @pytest.mark.parametrize("cuda", [True, False])
 def test_without_a_target_it_says_which_it_takes(cuda, project, tiny):
     (tiny / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {cuda}")
     done = run(project, PYTHONPATH=tiny)
     first = done.stdout.splitlines()[0]
     assert ("runs cifar" if cuda else "runs digits") in first
-    assert "./run.sh [digits|cifar|test" in first
+    assert "./run.sh [digits|cifar|digits-full" in first
     assert ("CIFAR10" in done.stdout) == cuda
 
 
@@ -130,7 +156,7 @@ def test_another_target_is_refused(arguments, project, tiny):
     done = run(project, *arguments, PYTHONPATH=tiny)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "./run.sh [digits|cifar|test" in done.stderr
+    assert "./run.sh [digits|cifar|digits-full" in done.stderr
     assert done.stdout == ""
 
 

@@ -126,6 +126,8 @@ def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_plane(script
     saved = torch.load(directory / "checkpoint.pt", weights_only=True)
     z = saved["states"]["model"]["coordinates"].double()
     torch.testing.assert_close(moved @ basis.T, z, rtol=1e-4, atol=1e-5)
+    path = [row["coordinates"] for row in saved["rows"]]
+    assert path[-1] == z.tolist() != path[0]
 
 
 def test_fraction_of_variance_picks_k(copy):
