@@ -320,7 +320,7 @@ class Data(NamedTuple):
 def random_stream(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
     """Random numbers that depend on (seed, purpose, number) only, the same on every device."""
     # Purposes count from 1: numpy takes [seed] and [seed, 0] for the same seed.
-    purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4}
+    purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4, "report": 5}
     return np.random.default_rng([seed, purposes[purpose], number])
 
 
@@ -538,18 +538,18 @@ DATASETS = {
 }
 
 
-def load_data(args: argparse.Namespace) -> Data:
-    """The data the options name, less what --smalldatasets drops, with --corrupt of the labels."""
+def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
+    """The training half, less what --smalldatasets drops, and the test half; true labels."""
     dataset = DATASETS[args.datasets]
     train, test = dataset.read(args, True), dataset.read(args, False)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         refuse(f"--data-dir {args.data_dir}: in training or test only: {', '.join(odd[:5])}")
-    num_classes = len(train.classes)
+    classes = set(range(len(train.classes)))
     for name, split in (("training", train), ("test", test)):
         n, labels = len(split.images), split.labels
         shape = dataset.read is read_folder or split.images.shape[-1] == dataset.image_size
-        if not shape or n != len(labels) or not n or set(labels.tolist()) - set(range(num_classes)):
+        if not shape or n != len(labels) or not n or set(labels.tolist()) - classes:
             refuse(f"--data-dir {args.data_dir}: not {args.datasets}'s {name} images and labels")
     if args.smalldatasets:
         kept = random_stream(args.randomseed, "subset").permutation(len(train.labels))
@@ -559,20 +559,32 @@ def load_data(args: argparse.Namespace) -> Data:
                 f"--smalldatasets {args.smalldatasets}: keeps none of {len(train.labels)} images"
             )
         train = train._replace(images=train.images[kept], labels=train.labels[kept])
-    labels = corrupt_labels(train.labels, args.corrupt, num_classes, args.randomseed)
-    train = train._replace(labels=labels)
+    return train, test
 
-    make: Callable = Images
+
+def in_batches(
+    split: Split, args: argparse.Namespace, batch_size: int = TEST_BATCH, seed: int | None = None
+) -> Images | ImageFiles:
+    """The images on the device, or as files to stream: in order, or with a seed as in training."""
+    dataset, make = DATASETS[args.datasets], Images
     if dataset.read is read_folder:
         if args.image_size <= IN_MEMORY_PIXELS:
-            train, test = (decode(split, args.image_size, args.workers) for split in (train, test))
+            split = decode(split, args.image_size, args.workers)
         else:
             make = partial(ImageFiles, size=args.image_size, workers=args.workers)
-    batch_size = args.batch_size * getattr(args, "accumulate", 1)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return make(split, dataset, batch_size, args.device, seed, layout=layout)
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The data the options name, with --corrupt of the training labels drawn anew."""
+    train, test = read_splits(args)
+    num_classes = len(train.classes)
+    labels = corrupt_labels(train.labels, args.corrupt, num_classes, args.randomseed)
+    batch_size = args.batch_size * getattr(args, "accumulate", 1)
     return Data(
-        make(train, dataset, batch_size, args.device, args.randomseed, layout=layout),
-        make(test, dataset, TEST_BATCH, args.device, layout=layout),
+        in_batches(train._replace(labels=labels), args, batch_size, args.randomseed),
+        in_batches(test, args),
         num_classes,
         int(args.corrupt * len(labels)),
     )
@@ -738,6 +750,32 @@ def orthonormalise(basis: Tensor) -> None:
         block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
 
 
+def parameter_names(sample: Mapping[str, Tensor]) -> list[str]:
+    """The entries of a state dict that are trained: all but BatchNorm's statistics."""
+    return [name for name in sample if name.rpartition(".")[2] not in BATCHNORM_STATISTICS]
+
+
+def principal_axes(
+    samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: Any = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (T,), the largest first, and eigenvectors (T, T) of the centred Gram matrix.
+
+    In float64: with a matrix in float32 the basis made from it is not orthonormal (an error of
+    0.24 was measured). The eigenvalues are T times the variances along the principal components.
+    """
+    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=device)
+    for _, block in column_blocks(samples, names, device):
+        gram.addmm_(block, block.T)
+    if not gram.isfinite().all():
+        for position, sample in enumerate(samples):
+            if not all(sample[name].isfinite().all() for name in names):
+                file = getattr(sample, "file", f"sample {position}")
+                raise ValueError(f"{file}: holds values that are not finite")
+        raise ValueError("the samples are too large")
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(-1), vectors.flip(-1)
+
+
 def pca(
     samples: Any,
     n_components: int | float,
@@ -755,8 +793,7 @@ def pca(
     as in scikit-learn. The results are on `device`; the basis is rounded to `dtype`, by default to
     the samples' type.
 
-    T ≪ n, so the components come from the T × T Gram matrix. It is in float64: with one in
-    float32 the basis is not orthonormal (an error of 0.24 was measured).
+    T ≪ n, so the components come from the T × T Gram matrix.
 
     Raises ValueError where k > T − 1, where the samples do not span k directions, and where they
     are not finite or of different shapes.
@@ -764,7 +801,7 @@ def pca(
     if not isinstance(samples[0], Mapping):
         samples = [{"": torch.as_tensor(sample)} for sample in samples]
     if names is None:
-        names = [n for n in samples[0] if n.rpartition(".")[2] not in BATCHNORM_STATISTICS]
+        names = parameter_names(samples[0])
     first = shapes(samples[0])
     parameters = sum(first[name].numel() for name in names)
     if any(shapes(sample) != first for sample in samples):
@@ -776,22 +813,13 @@ def pca(
     if isinstance(n_components, int):
         check_memory(n_components, parameters, dtype or exact, device)
 
-    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=device)
-    for _, block in column_blocks(samples, names, device):
-        gram.addmm_(block, block.T)
-    if not gram.isfinite().all():
-        for position, sample in enumerate(samples):
-            if not all(sample[name].isfinite().all() for name in names):
-                file = getattr(sample, "file", f"sample {position}")
-                raise ValueError(f"{file}: holds values that are not finite")
-        raise ValueError("the samples are too large")
-    variances, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
-    ratios = variances.clamp(min=0) / gram.trace()
+    variances, vectors = principal_axes(samples, names, device)
+    ratios = variances.clamp(min=0) / variances.sum()
     k = n_components
     if isinstance(k, float):
         k = min(int(torch.searchsorted(ratios.cumsum(0), k, right=True)) + 1, most)
         check_memory(k, parameters, dtype or exact, device)
-    rank = int((variances > len(samples) * torch.finfo(gram.dtype).eps * variances[0]).sum())
+    rank = int((variances > len(samples) * torch.finfo(variances.dtype).eps * variances[0]).sum())
     if k > rank:
         raise ValueError(f"{k}, but the {len(samples)} samples span only {rank} directions")
 

@@ -135,13 +135,15 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
         train_psgd.main([*SUBSPACE, *options, "--save-dir", str(copy)])
     train_pbfgs.main([*SUBSPACE, "--alpha", "0.1", "--save-dir", str(copy)])
     capsys.readouterr()
-    table = {line[1]: line for line in report.main([str(copy)])}
+    lines = report.main([str(copy), "--out", str(copy / "report")])
+    table = {line["method"]: line for line in lines}
     assert table.keys() == {
         "SGD", "SGD to the last sample", "mean of the samples 3 to 6", "P-SGD, random basis",
         "P-SGD, from mean, BatchNorm re-estimated", "P+-BFGS",
     }  # fmt: skip
-    assert table["mean of the samples 3 to 6"][3:5] == ["0", "6"]
-    assert table["P-SGD, random basis"][2:5] == ["5", "2", "8"]
+    mean, random = table["mean of the samples 3 to 6"], table["P-SGD, random basis"]
+    assert (mean["epochs"], mean["in all"]) == (0, 6)
+    assert (random["k"], random["epochs"], random["in all"]) == (5, 2, 8)
 
 
 @pytest.mark.parametrize(

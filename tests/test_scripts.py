@@ -93,9 +93,11 @@ def test_sgd_learns_and_so_do_the_subspaces(copy, capsys):
     assert last["trials"] >= 0
     assert last["step_length"] > 0
     assert "10 directions" in capsys.readouterr().out
-    table = report.main([str(copy)])
-    assert [row[1] for row in table] == ["SGD", "SGD to the last sample", "P-BFGS", "P-SGD"]
-    assert [row[3:5] for row in table] == [["20", "20"], ["15", "15"], ["10", "25"], ["10", "25"]]
+    table = report.main([str(copy), "--out", str(copy / "report")])
+    names = ["SGD", "SGD to the last sample", "P-BFGS", "P-SGD"]
+    assert [row["method"] for row in table] == names
+    epochs = [(20, 20), (15, 15), (10, 25), (10, 25)]
+    assert [(row["epochs"], row["in all"]) for row in table] == epochs
 
 
 def test_basis_is_the_pca_of_the_samples(copy):
@@ -410,11 +412,11 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
 def test_report_counts_what_was_sampled(copy):
     samples = ["--params_end", "6", "--params_stride", "3", "--n_components", "0.5"]
     train_psgd.main([*SUBSPACE, *samples, "--epochs", "2", "--save-dir", str(copy)])
-    table = report.main([str(copy)])
-    assert [row[1:5] for row in table] == [
-        ["SGD", "n", "6", "6"],
-        ["SGD to the last sample", "n", "3", "3"],
-        ["P-SGD", "1", "2", "5"],
+    table = report.main([str(copy), "--out", str(copy / "report")])
+    assert [[row[name] for name in ("method", "k", "epochs", "in all")] for row in table] == [
+        ["SGD", "n", 6, 6],
+        ["SGD to the last sample", "n", 3, 3],
+        ["P-SGD", 1, 2, 5],
     ]
 
 
