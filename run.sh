@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-4294967296}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
 
-usage='usage: ./run.sh [digits|cifar|digits-full|cifar-small|test|bench|lint]'
+usage='usage: ./run.sh [digits|cifar|digits-full|cifar-small|finetune|cost|test|bench|lint]'
 usage+='   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
 
 # Does interpreter $1 have what the requirements files $2 … ask for?
@@ -58,14 +58,21 @@ run() {
     }
 }
 
-# The three scripts with a target's settings; each goes on where an interrupted chain stopped.
-chain() {
+# Set $save_dir, with $1 at its end, and the options that all scripts take there.
+settle() {
     save_dir=save_labelnoise${c}_$model${small:+_$small}
     if [ "$datasets" != CIFAR10 ]; then save_dir+=_$datasets; fi
     if [ "$seed" != 1 ]; then save_dir+=_seed$seed; fi
+    save_dir+=${1-}
     common=(--datasets "$datasets" --corrupt "$c" --arch="$model" --randomseed "$seed"
         --save-dir="$save_dir" --resume ${data_dir:+--data-dir="$data_dir"}
         ${small:+--smalldatasets "$small"} $options)
+    save_dirs+=("$save_dir")
+}
+
+# The three scripts with a target's settings; each goes on where an interrupted chain stopped.
+chain() {
+    settle
     run train_sgd.py "${common[@]}" "${sgd[@]}"
     run train_pbfgs.py "${common[@]}" "${pbfgs[@]}"
     run train_psgd.py "${common[@]}" "${psgd[@]}"
@@ -73,7 +80,6 @@ chain() {
         run train_psgd.py "${common[@]}" "${psgd[@]}" --basis random
         run train_sgd.py "${common[@]}" --average $average
     fi
-    save_dirs+=("$save_dir")
 }
 
 # The settings of the targets on digits; they were chosen on the seeds 1 to 3.
@@ -142,6 +148,41 @@ cifar-small)
     noises=${c:-0 0.4}
     for seed in ${seed:-1 2}; do
         for c in $noises; do chain; done
+    done
+    run report.py "${save_dirs[@]}"
+    ;;
+finetune) # a trained network trained further, and in the plane of the first epochs of that
+    prepare requirements.txt
+    cifar_small
+    noises=${c:-0 0.4}
+    for seed in ${seed:-1 2}; do
+        for c in $noises; do
+            settle
+            run train_sgd.py "${common[@]}" "${sgd[@]}"
+            trained=$save_dir/model.th
+            settle _finetune
+            run train_sgd.py "${common[@]}" --pretrained "$trained" --lr 0.01 --epochs=14
+            subspace=(--params_end 11 --n_components 10 --epochs 4 --bn-update)
+            run train_pbfgs.py "${common[@]}" "${subspace[@]}" --batch-size 500
+            run train_psgd.py "${common[@]}" "${subspace[@]}" --lr 1
+            run train_sgd.py "${common[@]}" --average 1 11
+        done
+    done
+    run report.py "${save_dirs[@]}"
+    ;;
+cost) # how few epochs can be sampled: beside the 30 of digits-full, 5, 10 and 20
+    prepare requirements.txt
+    digits
+    noises=${c:-0 0.4}
+    for seed in ${seed:-4 5 6 7 8}; do
+        for c in $noises; do
+            chain
+            for last in 5 10 20; do
+                plane=(--params_end $((last + 1)) --n_components $((last < 20 ? last - 1 : 20)))
+                run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" "${plane[@]}" --run pbfgs_of_$last
+                run train_psgd.py "${common[@]}" "${psgd[@]}" "${plane[@]}" --run psgd_of_$last
+            done
+        done
     done
     run report.py "${save_dirs[@]}"
     ;;

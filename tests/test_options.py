@@ -309,7 +309,11 @@ def test_compile_is_refused_where_there_is_no_compiler(refused, tmp_path, monkey
 # (arguments of run.sh, its settings, what the line says)
 RUN_SH = [
     ("cats", "", "run.sh: there is no target 'cats'; usage: ./run.sh [digits|cifar|digits-full"),
-    ("--seed", "", "run.sh: there is no target '--seed'; usage: ./run.sh [digits|cifar|digits-full"),
+    (
+        "--seed",
+        "",
+        "run.sh: there is no target '--seed'; usage: ./run.sh [digits|cifar|digits-full",
+    ),
     ("digits cifar", "", "run.sh: usage: ./run.sh [digits|cifar|digits-full"),
     ("cifar cifar", "c=2", "run.sh: usage: ./run.sh [digits|cifar|digits-full"),
     ("digits", "c=2", "--corrupt: '2' is not a number from 0 to 1"),

@@ -134,6 +134,33 @@ def test_cifar_small_takes_its_images_from_anywhere(project, tiny):
         assert {"--datasets CIFAR10", "half", "compile"} <= set(command)
 
 
+def test_finetune_starts_from_what_was_trained(project, tiny):
+    done = run(project, "finetune", c=0.4, seed=3, PYTHONPATH=tiny)
+    lines = [" ".join(command) for command in commands(done.stdout)]
+    trained, *further = lines
+    name = "save_labelnoise0.4_resnet20_0.1_seed3"
+    assert f"save-dir {name} " in f"{trained} "
+    assert all(f"save-dir {name}_finetune" in line for line in further)
+    assert f"pretrained {name}/model.th" in further[0]
+    assert [line.split()[0] for line in further] == [
+        "train_sgd.py", "train_pbfgs.py", "train_psgd.py", "train_sgd.py"
+    ]  # fmt: skip
+    epochs = [int(line.split("epochs ")[1].split()[0]) for line in further[:3]]
+    sampled = int(further[1].split("params_end ")[1].split()[0]) - 1
+    assert epochs[0] == sampled + epochs[1] == sampled + epochs[2], "all train as long"
+
+
+def test_cost_samples_less_and_less(project, tiny):
+    done = run(project, "cost", c=0, seed=4, PYTHONPATH=tiny)
+    lines = [" ".join(command) for command in commands(done.stdout)]
+    for last, k in ((5, 4), (10, 9), (20, 20)):
+        own = [line for line in lines if f"_of_{last}" in line]
+        assert len(own) == 2
+        # The last value of an option counts.
+        assert all(f"params_end {last + 1}" in line for line in own)
+        assert all(f"n_components {k}" in line for line in own)
+
+
 @pytest.mark.parametrize("cuda", [True, False])
 def test_without_a_target_it_says_which_it_takes(cuda, project, tiny):
     (tiny / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {cuda}")
