@@ -173,7 +173,7 @@ def parser(
     add("--weight-decay", "--wd", type=amount, metavar="W", default=weight_decay,
         help="L2 penalty: W / 2 times the squared norm of all parameters")
     add("-p", "--print-freq", type=positive, metavar="N", default=50,
-        help="on a terminal, show the loss every N batches")
+        help="every N batches, look whether the loss is finite, and show it on a terminal")
     add("--resume", type=place, nargs="?", const=True, metavar="PATH",
         help="go on from this checkpoint (without PATH: the run's own, if there is one)")
     add("--overwrite", action="store_true", help="replace an earlier run in the same directory")
@@ -1498,7 +1498,7 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
     for key, total in progress.get("totals", {}).items():
         totals[key] = torch.as_tensor(total, device=args.device)
     batches = until_asked(images.epoch(epoch, done), asked)
-    name = f"epoch {epoch + 1}"
+    name, seen = f"epoch {epoch + 1}", progress.get("images", 0)
     with tqdm(
         batches, name, steps, initial=done, unit="batch", disable=None, leave=False
     ) as bar:  # fmt: skip
@@ -1510,14 +1510,15 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
                 totals["loss"] += loss.detach() * len(labels)
                 totals["correct"] += (output.argmax(1) == labels).sum()
                 totals["finite"] += loss.detach().isfinite()
-                done += 1
+                done, seen = done + 1, seen + len(labels)
                 if done % args.print_freq == 0 or done == steps:
                     check_finite(run, totals, epoch, done)
                     if not bar.disable:
-                        bar.set_postfix(loss=f"{loss:.4f}")
+                        accuracy = f"{100 * totals['correct'] / seen:.2f} %"
+                        bar.set_postfix(loss=f"{totals['loss'] / seen:.4f}", accuracy=accuracy)
         finally:
             seconds = time.perf_counter() - began
-            progress.update(batches=done, totals=dict(totals), seconds=seconds)
+            progress.update(batches=done, images=seen, totals=dict(totals), seconds=seconds)
     sums = {name: float(total) for name, total in totals.items() if name != "finite"}
     row = {"train_loss": sums.pop("loss") / len(images)}
     row["train_acc"] = 100 * sums.pop("correct") / len(images)
@@ -1567,9 +1568,12 @@ def fit(
             raise SystemExit(128 + number)
         asked.append(number)
 
-    with run.lock, handling(ask):
+    first = rows[-1]["epoch"] if rows else args.start_epoch
+    settings = {"total": args.epochs, "initial": first, "unit": "epoch", "leave": False}
+    bar = tqdm(range(first, args.epochs), str(run.directory), **settings, disable=None)
+    with run.lock, handling(ask), bar:
         try:
-            for epoch in range(rows[-1]["epoch"] if rows else args.start_epoch, args.epochs):
+            for epoch in bar:
                 train_and_test(run, step, export, after_epoch, epoch, asked)
             if asked:
                 raise StopAsked
@@ -1614,13 +1618,14 @@ def train_and_test(
         content = summary(run, export())
         save(run.directory / "model.th", content)
         save_checkpoint(run, content)
-    print(
-        f"epoch {epoch + 1:3d}/{args.epochs}  "
-        f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
-        f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
-        f"{row['seconds']:.1f} s",
-        flush=True,
-    )
+    with tqdm.external_write_mode():  # above the bar
+        print(
+            f"epoch {epoch + 1:3d}/{args.epochs}  "
+            f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
+            f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
+            f"{row['seconds']:.1f} s",
+            flush=True,
+        )
 
 
 def summary(run: Run, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,10 +1,17 @@
 """The scripts end to end on digits. Oracles: unbroken runs, torch.load, files compared by value."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -495,3 +502,28 @@ def test_a_bfloat16_basis_trains(script, copy):
     if script is train_pbfgs:
         options += ["--alpha", "0.01"]
     assert script.main([*SUBSPACE, *options])["test_acc"] > 50
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_bars_and_a_file_rows(terminal, tmp_path):
+    """Oracle: a real terminal (pty) of 100 columns, and a real file."""
+    command = [sys.executable, ROOT / "train_sgd.py", *DIGITS, "--epochs", "2"]
+    command += ["--print-freq", "2", "--save-dir", tmp_path / "run"]
+    main, terminal_end = pty.openpty()
+    fcntl.ioctl(terminal_end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    with (tmp_path / "file").open("wb") as file:
+        out = terminal_end if terminal else file
+        with subprocess.Popen(command, stdout=out, stderr=out) as process:
+            os.close(terminal_end)
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO is how a terminal says that it is closed
+                while part := os.read(main, 2**16):
+                    shown += part
+    os.close(main)
+    assert process.returncode == 0
+    text = (shown or (tmp_path / "file").read_bytes()).decode()
+    rows = re.findall(r"epoch   [12]/2  train loss .* s\r?\n", text)
+    assert len(rows) == 2
+    bars = re.findall(r"epoch [12]: .*\|.*<.*batch/s, accuracy=\d.* %, loss=\d", text)
+    assert bool(bars) == terminal == bool(re.search(r"run: +50%.*1/2 .*epoch", text))
+    assert ("\r" in text) == terminal
