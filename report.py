@@ -31,6 +31,7 @@ set, after the last epoch and after the best one, which no user can pick. *train
 images as they are, with their labels as given; *true labels*, *false labels*: on those with a right
 and on those with a wrong label, where it says how many wrong labels were learned. *seconds*: of
 training, sampling included."""
+COST = "Cost of reaching the test accuracy at which SGD of the same seed ends:"
 TRAINING_IMAGES = 5000  # at most as many are looked at for the training accuracy
 # What the runs that are taken for seeds of each other have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
@@ -283,6 +284,11 @@ def results(lines: Sequence[Line], accuracies: Mapping[Path, list]) -> list[dict
         row["to SGD's final"] = [reaching(line, targets[line.save_dir]) for line in seeds]
         found.append(row)
     return found
+
+
+def by_experiment(rows: Iterable[dict]) -> dict[Experiment, list[dict]]:
+    """The lines of results.json, an experiment each."""
+    return grouped(rows, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
 
 
 def results_table(rows: Sequence[dict]) -> tuple[Sequence[str], list[list[str]]]:
@@ -546,6 +552,11 @@ def machine(lines: Sequence[Line]) -> dict[str, list]:
     }
 
 
+def machine_text(facts: Mapping[str, Sequence]) -> str:
+    """The same in a line."""
+    return "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items())
+
+
 def options() -> utils.Parser:
     """The command line."""
     parser = utils.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -578,18 +589,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     page.paragraph(LEGEND.replace("\n", " "))
     for number, (_, name, caption, png) in enumerate(drawn.pop(None, []), 1):
         page.picture(f"{name}_{number}.png", caption, png)
-    of = grouped(rows, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
+    of = by_experiment(rows)
     for number, (experiment, own) in enumerate(of.items(), 1):
         seeds = ", ".join(map(str, own[0]["seeds"]))
         page.heading(f"{experiment}; seed{'s' if ',' in seeds else ''} {seeds}")
         page.table(*results_table(own))
-        page.paragraph("Cost of reaching the test accuracy at which SGD of the same seed ends:")
+        page.paragraph(COST)
         page.table(*cost_table(own))
         for _, name, caption, png in drawn[experiment]:
             page.picture(f"experiment_{number}_{name}.png", caption, png)
-    page.paragraph("; ".join(f"{name}: {', '.join(map(str, v))}" for name, v in facts.items()))
+    page.paragraph(machine_text(facts))
 
-    page.files["results.json"] = (json.dumps({"machine": facts, "lines": rows}) + "\n").encode()
+    content = json.dumps({"machine": facts, "lines": rows})
+    rounded = json.loads(content, parse_float=lambda text: round(float(text), 4))
+    page.files["results.json"] = (json.dumps(rounded) + "\n").encode()
     page.files["report.md"] = page.markdown.encode()
     page.files["index.html"] = PAGE.format(body=page.html).encode()
     with utils.refusing("--out"):
