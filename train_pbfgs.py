@@ -104,26 +104,31 @@ def make_step(
             loss, output = utils.cross_entropy(subspace, *batch, half)
             yield loss * (len(output) / len(images)), output
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def step(images: Tensor, labels: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor, dict]:
         subspace.zero_grad()
         seed = torch.initial_seed() + 1
         total, outputs = 0, []
         for loss, output in losses(images, labels, seed, args.half):
-            loss.backward()
+            (loss * weight).backward()
             total += loss.detach()
             outputs.append(output.detach())
         penalty = utils.penalty(args, subspace)
         if args.weight_decay:
             penalty.backward()
+        utils.mean_over_processes(z.grad)
+        if residual is not None:
+            utils.mean_over_processes(subspace.origin.grad)
 
         @torch.no_grad()
         def evaluate() -> Tensor:
             with frozen_statistics(subspace.model):
                 # Never in bfloat16, whose error is of the order of the decrease looked for.
                 parts = sum(loss for loss, _ in losses(images, labels, seed, half=False))
-                return parts + utils.penalty(args, subspace)
+                # Of all processes, so that all take the same branch.
+                return utils.mean_over_processes(parts * weight) + utils.penalty(args, subspace)
 
-        trials = optimizer.step(evaluate, evaluate() if args.half else total + penalty)
+        before = utils.mean_over_processes(total * weight) + penalty
+        trials = optimizer.step(evaluate, evaluate() if args.half else before)
         if residual is not None:
             # (I − PᵀP) ∇L, the part of the gradient that the subspace has no use for.
             subspace.origin.grad -= subspace.combine(z.grad)

@@ -33,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     basis = utils.extract(args, samples, model)
     subspace = models.Subspace(model, basis.basis)
     optimizer = torch.optim.SGD([subspace.coordinates], args.lr, args.momentum)
+    network = utils.parallel(subspace)
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def step(images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor, dict]:
         optimizer.zero_grad()
-        loss, output = utils.cross_entropy(subspace, images, labels, args.half)
-        (loss + utils.penalty(args, subspace)).backward()
+        loss, output = utils.cross_entropy(network, images, labels, args.half)
+        (loss * weight + utils.penalty(args, subspace)).backward()
         optimizer.step()
         return loss, output, {}
 

@@ -63,7 +63,7 @@ def average(args: argparse.Namespace) -> dict:
         run.rows[:] = [row]
         utils.save(directory / "model.th", utils.summary(run, model.state_dict()))
         utils.save(directory / "metrics.jsonl", json.dumps(row) + "\n")
-    print(f"{directory}: mean of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %")
+    utils.say(f"{directory}: mean of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %")
     return row
 
 
@@ -88,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     else:
         optimizer = torch.optim.Adam(model.parameters(), args.lr, **settings)
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict]:
+    network = utils.parallel(model)
+
+    def step(images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor, dict]:
         optimizer.zero_grad()
-        loss, output = utils.cross_entropy(model, images, labels, args.half)
-        loss.backward()
+        loss, output = utils.cross_entropy(network, images, labels, args.half)
+        (loss * weight).backward()
         optimizer.step()
         return loss, output, {}
 

@@ -29,10 +29,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torchvision.transforms import v2 as transforms
 from tqdm import tqdm
@@ -42,6 +44,9 @@ from tqdm import tqdm
 
 def refuse(message: str, code: int = 2) -> NoReturn:
     """End the program: one line on stderr that says what is wrong, and the exit code."""
+    if rank():  # what rank 0 refuses too it has said before this, and torchrun ended this process
+        time.sleep(5)
+        message = f"process {rank()}: {message}"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -61,10 +66,17 @@ def program(main: Callable[[], Any]) -> None:
     """Run a script's main, in which SIGINT and SIGTERM are one line and exit code 130 or 143."""
 
     def stop(number: int, frame: Any) -> None:
+        if rank():
+            raise SystemExit(128 + number)
         refuse(f"stopped by {signal.Signals(number).name}", 128 + number)
 
     with handling(stop):
-        main()
+        try:
+            main()
+        except RuntimeError as error:  # gloo has no class of its own
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            refuse(f"another process is gone: {error}", 1)
 
 
 @contextlib.contextmanager
@@ -188,6 +200,8 @@ def parser(
         help="give the network its images in channels_last memory format (default: on the CPU)")
     add("--compile", action="store_true", help="compile the network (torch.compile)")
     add("--threads", type=threads, metavar="N", help="CPU threads (default: as torch decides)")
+    add("--sync-bn", action="store_true",
+        help="under torchrun on CUDA, BatchNorm normalises with the batches of all processes")
     add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
     add("--deterministic", action="store_true",
         help="give the same bits at every run, on CUDA too; an operation that cannot is an error")
@@ -246,6 +260,7 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         refuse("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    join_processes(args)
     dataset = DATASETS[args.datasets]
     if args.image_size not in (None, dataset.image_size) and dataset.read is not read_folder:
         refuse(
@@ -263,6 +278,10 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         refuse("--resume: not with --evaluate and --pretrained; allowed: one of them to test")
     if args.epochs <= args.start_epoch:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
+    if args.batch_size < 2 * world():
+        refuse(f"--batch-size {args.batch_size}: allowed: from {2 * world()}, two a process")
+    if args.sync_bn and args.device == "cpu":
+        refuse("--sync-bn: allowed on CUDA; on the CPU torch has no BatchNorm over processes")
     if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
         args.channels_last = args.device == "cpu"
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -281,6 +300,81 @@ def set_engine(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+
+
+# --------------------------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started, 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes torchrun started, 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Where torchrun started this process: meet the others, and take the GPU of this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if not dist.is_initialized():
+        store, number, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(restarts, store)  # it may still know the processes that are gone
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
+        atexit.register(dist.destroy_process_group)
+    if int(restarts):  # the command is that of the first start
+        args.resume, args.overwrite = args.resume or True, False
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def progress_bar(iterable: Iterable | None, text: str, total: int, **settings: Any) -> tqdm:
+    """A bar, on a terminal, of rank 0."""
+    disable = True if rank() else None
+    return tqdm(iterable, text, total, disable=disable, leave=False, **settings)
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients that are means over all processes, as its only traffic."""
+    if world() == 1:
+        return module
+    with warnings.catch_warnings(action="ignore"):  # the option's new name is not in torch 2.6
+        # Buffers are not sent out at every step: `synchronise` does that before they are used.
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of the processes' values; `value` itself, changed, where there are several."""
+    if world() > 1:
+        dist.all_reduce(value)
+        value /= world()
+    return value
+
+
+def sum_over_processes(totals: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """The sum of each number over the processes, in one message; this is a host sync."""
+    if world() == 1:
+        return dict(totals)
+    summed = torch.tensor([float(total) for total in totals.values()], dtype=torch.float64)
+    dist.all_reduce(summed)
+    return dict(zip(totals, summed, strict=True))
+
+
+def synchronise(model: nn.Module) -> None:
+    """Give all processes the mean of their BatchNorm statistics."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            mean_over_processes(buffer)
 
 
 # -------------------------------------------------------------------------------------- data
@@ -347,15 +441,20 @@ def crop(padded: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) ->
 
 
 def batch_sizes(n: int, size: int) -> list[int]:
-    """The sizes of the batches of n images; one left over joins the last, to have a variance."""
+    """The sizes of the batches of n images, over all processes.
+
+    One left over joins the last batch: each process needs two to have a variance.
+    """
     sizes = [size] * (n // size) + [n % size] * (n % size > 0)
-    return [*sizes[:-2], size + 1] if len(sizes) > 1 and sizes[-1] == 1 < size else sizes
+    few = len(sizes) > 1 and sizes[-1] < 2 * world() <= size
+    return [*sizes[:-2], size + sizes[-1]] if few else sizes
 
 
 class Images:
     """Labelled images on the device, in batches: in order, or with a seed shuffled and augmented.
 
     Order and augmentation of an epoch are a function of (seed, epoch), the same on every device.
+    Each of several processes gets its part of every batch.
     """
 
     def __init__(
@@ -390,7 +489,8 @@ class Images:
         # The epoch's one transfer to the device.
         draws = torch.from_numpy(np.stack([which, which + n * flip, top, left]))
         draws = draws.to(self.labels.device)
-        for which, *where in draws.split(batch_sizes(n, self.batch_size), dim=1)[first:]:
+        for batch in draws.split(batch_sizes(n, self.batch_size), dim=1)[first:]:
+            which, *where = batch.tensor_split(world(), dim=1)[rank()]
             images = crop(self.images, *where, self.size)
             images = images.to(torch.float32, memory_format=self.layout)
             yield images.mul_(self.scale).add_(self.shift), self.labels[which]
@@ -432,7 +532,10 @@ class ImageFiles:
         ends = np.cumsum(batch_sizes(n, self.batch_size))[:-1]
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=[batch.tolist() for batch in np.split(draws, ends)[first:]],
+            batch_sampler=[
+                np.array_split(batch, world())[rank()].tolist()
+                for batch in np.split(draws, ends)[first:]
+            ],
             num_workers=self.workers,
             worker_init_fn=ignore_interrupt,
             pin_memory=self.device == "cuda",
@@ -464,7 +567,7 @@ def decode(split: Split, size: int, workers: int) -> Split:
     to_tensor = transforms.Compose([transforms.PILToTensor(), *cut])
     with ThreadPoolExecutor(max(workers, 1)) as pool, refusing("--data-dir"):
         images = pool.map(lambda file: to_tensor(open_image(file)), split.images)
-        bar = tqdm(images, "decoding", len(split.images), unit="image", disable=None, leave=False)
+        bar = progress_bar(images, "decoding", len(split.images), unit="image")
         return split._replace(images=torch.stack(list(bar)))
 
 
@@ -501,7 +604,7 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
             "name the directory that has it with --data-dir, or take --datasets digits"
         )
     if train and not was_there:
-        print(f"{name}: downloaded to {root}")
+        say(f"{name}: downloaded to {root}")
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else grey_to_rgb(images)
     return Split(images, torch.as_tensor(dataset.targets), dataset.classes)
@@ -724,7 +827,7 @@ def column_blocks(
     first = shapes(samples[0])
     sizes = [first[name].numel() for name in names]
     column = filled = 0
-    bar = tqdm(None, "PCA", sum(sizes), unit="columns", unit_scale=True, disable=None, leave=False)
+    bar = progress_bar(None, "PCA", sum(sizes), unit="columns", unit_scale=True)
     for name, size in zip(names, sizes, strict=True):
         done = 0
         while done < size:
@@ -981,7 +1084,12 @@ def replacing(file: Path) -> Iterator[Any]:
 
 
 def save(file: Path, value: Any) -> None:
-    """Write `value`: text to .json and .jsonl, arrays to .npz, anything of tensors elsewhere."""
+    """Write `value`: text to .json and .jsonl, arrays to .npz, anything of tensors elsewhere.
+
+    Of several processes only rank 0 writes.
+    """
+    if rank():
+        return
     with replacing(file) as stream:
         if file.suffix in (".json", ".jsonl"):
             stream.write(value.encode())
@@ -1075,7 +1183,7 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
     fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
     load_into(model, own | fits)
     left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
-    print(f"pretrained: {weights}; left as initialised: {left}")
+    say(f"pretrained: {weights}; left as initialised: {left}")
 
 
 def make_model(
@@ -1104,7 +1212,8 @@ def make_model(
             load_torchvision_weights(model, args.arch)
         elif args.pretrained:
             load_file(args, model, args.pretrained)
-    return model.to(args.device)
+    model = model.to(args.device)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
 
 
 def check_same(
@@ -1123,7 +1232,7 @@ def check_same(
 def check_config(args: argparse.Namespace, file: Path) -> None:
     """Refuse options that contradict the config.json of the run whose files are to be used."""
     if not file.exists():
-        print(f"{file} is missing: not checked that its run had this data, network and seed")
+        say(f"{file} is missing: not checked that its run had this data, network and seed")
         return
     with refusing(f"{file}: not readable", Exception):
         check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
@@ -1186,7 +1295,7 @@ def extract(
         with refusing("--n_components" if args.basis in BASES else "--basis"):
             basis = Basis(*make_basis(args, samples, names, n), source)
     explained = basis.explained_variance_ratio.sum()
-    print(
+    say(
         f"subspace: {args.basis}, {len(basis.basis)} directions"
         + (f", {explained:.2%} of the variance" if explained.isfinite() else "")
         + f" of {len(samples)} samples ({shorten(numbers)})"
@@ -1251,7 +1360,7 @@ def restore(
         for optimizer, saved in states[1:]:
             load_optimizer(optimizer, saved, file)
     begun = f", and {progress['batches']} batches of the next" if progress.get("batches") else ""
-    print(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
+    say(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
     return rows, progress
 
 
@@ -1357,7 +1466,7 @@ def check_space(args: argparse.Namespace, model: nn.Module) -> None:
     said = f"{count} samples of {size / 2**20:.1f} MB, {needed / 2**30:.2f} GB with checkpoints"
     if needed > free:
         refuse(f"--save-dir {args.save_dir}: {said}, but {free / 2**30:.2f} GB of disk are free")
-    print(f"{said}; {free / 2**30:.1f} GB of disk are free")
+    say(f"{said}; {free / 2**30:.1f} GB of disk are free")
 
 
 def git_commit() -> str | None:
@@ -1384,11 +1493,14 @@ def start_run(
     rows, progress = restore(args, directory, state, basis)
     path = directory if args.resume is True else (args.resume or Path()).resolve().parent
     own = args.resume and path.resolve() == directory.resolve()
+    if world() > 1:
+        dist.barrier()  # nobody reads any more what is cleared now
     with refusing("--save-dir"), contextlib.ExitStack() as stack:
-        directory.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(directory))
-        if not (rows or progress) or not own:
-            clear(args, directory, start_anew=args.resume is True)
+        if rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(directory))
+            if not (rows or progress) or not own:
+                clear(args, directory, start_anew=args.resume is True)
         lock = stack.pop_all()
     atexit.register(lock.close)
     config = {
@@ -1402,6 +1514,7 @@ def start_run(
         "corrupted_labels": data.corrupted,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": world(),
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         | {"python": platform.python_version()},
         "commit": git_commit(),
@@ -1414,10 +1527,11 @@ def start_run(
         save_basis(directory / "basis.npz", basis)
     if args.compile:
         state["model"].compile()
-    print(
+    several = f", {world()} processes" if world() > 1 else ""
+    say(
         f"{directory}: {args.arch}, {config['n']:,} parameters; {args.datasets}, "
         f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
-        f"{len(data.test):,} test images; {args.device}, {config['threads']} threads"
+        f"{len(data.test):,} test images; {args.device}, {config['threads']} threads{several}"
     )
     return Run(args, directory, data, state, rows, progress, basis, lock)
 
@@ -1441,14 +1555,28 @@ def penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor | float:
 
 
 class StopAsked(Exception):  # noqa: N818
-    """SIGINT or SIGTERM came; raised between two batches."""
+    """SIGINT or SIGTERM came, its argument says which; raised between two batches."""
 
 
-def until_asked(batches: Iterable, asked: Sequence[int]) -> Iterator:
-    """The batches, as long as no signal was put into `asked`."""
-    for batch in batches:
-        if asked:
-            raise StopAsked
+def check_asked(asked: Sequence[int]) -> None:
+    """Raise StopAsked in all processes where one has a signal in `asked`."""
+    number = asked[0] if asked else 0
+    if world() > 1:
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        number = int(numbers)
+    if number:
+        raise StopAsked(number)
+
+
+def until_asked(batches: Iterable, asked: Sequence[int], every: int = 1) -> Iterator:
+    """The batches, as long as no signal was put into `asked`.
+
+    Several processes have to stop at the same batch: they ask each other, every so many.
+    """
+    for number, batch in enumerate(batches):
+        if world() == 1 or number % every == 0:
+            check_asked(asked)
         yield batch
 
 
@@ -1457,13 +1585,14 @@ def evaluate(
     model: nn.Module, images: "Images | ImageFiles", half: bool, asked: Sequence[int] = ()
 ) -> dict[str, float]:
     """Mean loss, and accuracy in percent, with BatchNorm's running statistics."""
+    synchronise(model)
     model.eval()
     totals: Counter = Counter()
     for batch, labels in until_asked(images.epoch(), asked):
         loss, output = cross_entropy(model, batch, labels, half)
         totals["loss"] += loss * len(labels)
         totals["correct"] += (output.argmax(1) == labels).sum()
-    loss, correct = totals["loss"].item(), totals["correct"].item()
+    loss, correct = (float(total) for total in sum_over_processes(totals).values())
     return {"test_loss": loss / len(images), "test_acc": 100 * correct / len(images)}
 
 
@@ -1478,7 +1607,7 @@ def evaluate_only(
         with refusing("--evaluate"):
             load_file(args, model, file)
     row = evaluate(model, data.test, args.half)
-    print(f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2f} %")
+    say(f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2f} %")
     return row
 
 
@@ -1490,22 +1619,24 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
     args, images, progress = run.args, run.data.train, run.progress
     began = time.perf_counter() - progress.get("seconds", 0.0)
     run.state["model"].train()
-    steps = len(batch_sizes(len(images), images.batch_size))
+    sizes = batch_sizes(len(images), images.batch_size)
+    steps = len(sizes)
     # Dropout and the like: a resumed run draws what an unbroken one would.
     seeds = random_stream(args.randomseed, "network", epoch).integers(2**63, size=steps)
     done = progress.get("batches", 0)
     totals: Counter = Counter()  # sums on the device
-    for key, total in progress.get("totals", {}).items():
-        totals[key] = torch.as_tensor(total, device=args.device)
-    batches = until_asked(images.epoch(epoch, done), asked)
+    for key, total in progress.get("totals", {}).items():  # of all processes; "finite" of each
+        own = total if rank() == 0 or key == "finite" else 0.0
+        totals[key] = torch.as_tensor(own, device=args.device)
+    batches = until_asked(images.epoch(epoch, done), asked, args.print_freq)
     name, seen = f"epoch {epoch + 1}", progress.get("images", 0)
-    with tqdm(
-        batches, name, steps, initial=done, unit="batch", disable=None, leave=False
-    ) as bar:  # fmt: skip
+    with progress_bar(batches, name, steps, initial=done, unit="batch") as bar:
         try:
             for batch, labels in bar:
-                torch.manual_seed(int(seeds[done]))
-                loss, output, details = step(batch, labels)
+                torch.manual_seed(int(seeds[done]) + 2 * rank())
+                # The mean over the processes of what is weighted so is that over all images.
+                weight = len(labels) * world() / sizes[done]
+                loss, output, details = step(batch, labels, weight)
                 totals.update(details)
                 totals["loss"] += loss.detach() * len(labels)
                 totals["correct"] += (output.argmax(1) == labels).sum()
@@ -1519,10 +1650,11 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
         finally:
             seconds = time.perf_counter() - began
             progress.update(batches=done, images=seen, totals=dict(totals), seconds=seconds)
-    sums = {name: float(total) for name, total in totals.items() if name != "finite"}
+    sums = {name: float(total) for name, total in sum_over_processes(totals).items()}
+    del sums["finite"]
     row = {"train_loss": sums.pop("loss") / len(images)}
     row["train_acc"] = 100 * sums.pop("correct") / len(images)
-    row |= {name: total / steps for name, total in sums.items()}
+    row |= {name: total / steps / world() for name, total in sums.items()}
     return row | {"seconds": seconds}
 
 
@@ -1553,9 +1685,10 @@ def fit(
 ) -> dict:
     """Train with `step` to the last epoch, write the run's files; returns the last metrics row.
 
-    `step` takes a batch and returns its loss, the network's output, and other numbers to average
-    over the epoch's steps. `export` gives the plain network's state dict. `after_epoch(e)` is
-    called after epoch e, before a file says that it is done.
+    `step` takes a batch, and the weight of its loss in the mean over all processes; it returns the
+    batch's loss, the network's output, and other numbers to average over the epoch's steps.
+    `export` gives the plain network's state dict. `after_epoch(e)` is called after epoch e, before
+    a file says that it is done.
 
     SIGINT and SIGTERM let the batch end, save all that --resume needs, and end the program with
     exit code 130 or 143; a second one ends it at once.
@@ -1564,27 +1697,32 @@ def fit(
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if asked:
+        if asked and world() == 1:  # torchrun sends a second one by itself
             raise SystemExit(128 + number)
         asked.append(number)
 
     first = rows[-1]["epoch"] if rows else args.start_epoch
-    settings = {"total": args.epochs, "initial": first, "unit": "epoch", "leave": False}
-    bar = tqdm(range(first, args.epochs), str(run.directory), **settings, disable=None)
+    epochs = range(first, args.epochs)
+    bar = progress_bar(epochs, str(run.directory), args.epochs, initial=first, unit="epoch")
     with run.lock, handling(ask), bar:
         try:
             for epoch in bar:
                 train_and_test(run, step, export, after_epoch, epoch, asked)
-            if asked:
-                raise StopAsked
-        except StopAsked:
-            if run.progress:
-                check_finite(run, run.progress["totals"], epoch, run.progress["batches"])
+            check_asked(asked)
+        except StopAsked as stop:
+            (number,) = stop.args
+            if progress := run.progress:
+                check_finite(run, progress["totals"], epoch, progress["batches"])
+                progress["totals"] = sum_over_processes(progress["totals"])
+                progress["totals"]["finite"] = progress["batches"]
+            synchronise(run.state["model"])
             save_checkpoint(run, summary(run, export()))
-            name = signal.Signals(asked[0]).name
-            refuse(f"stopped by {name}; the same command with --resume goes on", 128 + asked[0])
+            if rank():
+                raise SystemExit(128 + number) from None
+            name = signal.Signals(number).name
+            refuse(f"stopped by {name}; the same command with --resume goes on", 128 + number)
     best = max(rows, key=lambda row: row["test_acc"])
-    print(
+    say(
         f"{run.directory}: test accuracy {rows[-1]['test_acc']:.2f} % after epoch "
         f"{rows[-1]['epoch']}, best {best['test_acc']:.2f} % after epoch {best['epoch']}"
     )
@@ -1619,12 +1757,11 @@ def train_and_test(
         save(run.directory / "model.th", content)
         save_checkpoint(run, content)
     with tqdm.external_write_mode():  # above the bar
-        print(
+        say(
             f"epoch {epoch + 1:3d}/{args.epochs}  "
             f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
             f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
-            f"{row['seconds']:.1f} s",
-            flush=True,
+            f"{row['seconds']:.1f} s"
         )
 
 

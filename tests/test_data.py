@@ -223,7 +223,7 @@ def test_details_are_means_over_the_steps():
     run = utils.Run(args, None, data, state, [], {}, None, None)
     loss, output = torch.tensor(0.5), torch.eye(10)
 
-    def step(batch, labels):
+    def step(batch, labels, weight):
         return loss * len(labels), output[labels], {"trials": len(labels)}
 
     row = utils.train_epoch(run, step, 0, [])

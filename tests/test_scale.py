@@ -1,0 +1,234 @@
+"""Several processes. Oracle: one process on the same global batches; bytes that are counted."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import DIGITS
+from torch import multiprocessing, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import models
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+
+SUBSPACE = ["--params_end", "4", "--n_components", "3", "--epochs", "2", "--batch-size", "200"]
+COMMANDS = {
+    ".": (train_sgd, ["--epochs", "3", "--lr", "0.02"]),
+    "psgd": (train_psgd, [*SUBSPACE, "--lr", "0.1", "--weight-decay", "1e-3"]),
+    "pbfgs": (train_pbfgs, SUBSPACE),
+    "residual": (train_pbfgs, [*SUBSPACE, "--alpha", "0.01", "--run", "residual"]),
+    "several": (train_pbfgs, [*SUBSPACE, "--accumulate", "2", "--run", "several"]),
+}
+
+
+def plain_network(arch: str, classes: int) -> nn.Module:
+    """A network without BatchNorm: its gradient of a batch is the mean of those of the parts."""
+    layers = [nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, classes)]
+    return nn.Sequential(*layers)
+
+
+def counting(sent: list) -> None:
+    """Note in `sent` the bytes of what goes through the collectives."""
+    all_reduce, parallel = dist.all_reduce, utils.parallel
+
+    def counted_all_reduce(tensor, *rest, **options):
+        sent.append(tensor.nbytes)
+        return all_reduce(tensor, *rest, **options)
+
+    def counted_parallel(module):
+        wrapped = parallel(module)
+        if wrapped is not module:
+            wrapped.register_comm_hook(None, allreduce_hook)  # it calls dist.all_reduce
+        return wrapped
+
+    dist.all_reduce, utils.parallel = counted_all_reduce, counted_parallel
+
+
+def work(number: int, processes: int, port: int, directory: str, network: bool) -> None:
+    """One of several processes, as torchrun starts them: all the commands."""
+    os.environ |= {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    if network:
+        models.build = plain_network
+    sent: list = []
+    counting(sent)
+    bytes_of = {}
+    for name, (script, options) in COMMANDS.items():
+        sent.clear()
+        script.main([*DIGITS, *options, "--save-dir", directory])
+        bytes_of[name] = list(sent)
+    if number == 0:
+        torch.save(bytes_of, f"{directory}/bytes.pth")
+
+
+def run(directory, processes: int, network: bool = True):
+    """The save dir after all commands in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directory.mkdir()
+    arguments = (processes, port, str(directory), network)
+    multiprocessing.spawn(work, arguments, processes)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All commands in 1, 2 and 4 processes, of a network without BatchNorm."""
+    root = tmp_path_factory.mktemp("scale")
+    return {processes: run(root / str(processes), processes) for processes in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_several_processes_train_as_one_does(name, processes, runs):
+    one, several = (
+        torch.load(runs[count] / name / "checkpoint.pt", weights_only=True)
+        for count in (1, processes)
+    )
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(several["state_dict"][key], value, rtol=1e-3, atol=1e-4)
+    if name != ".":
+        z = [saved["states"]["model"]["coordinates"] for saved in (one, several)]
+        torch.testing.assert_close(z[1], z[0], rtol=1e-3, atol=1e-4)
+        assert z[0].norm() > 0.1
+    for row, other in zip(one["rows"], several["rows"], strict=True):
+        for key in ("train_loss", "train_acc", "test_loss", "test_acc"):
+            assert other[key] == pytest.approx(row[key], rel=1e-3, abs=1e-3)
+        assert other.get("trials") == row.get("trials")
+
+
+def test_a_step_in_the_plane_sends_the_coordinates_and_little_else(runs):
+    """1,437 images in batches of 200: 8 steps an epoch, 2 epochs; k = 3, n = 3,114."""
+    sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
+    n = sum(parameter.numel() for parameter in plain_network("", 10).parameters())
+    assert sent["."].count(4 * n) == 3 * 6, "256 images a batch, the last one is 157"
+    assert sent["psgd"].count(4 * 3) == 2 * 8
+    assert max(sent["psgd"]) < 100, "the rest: sums of an epoch, and whether a signal came"
+    assert sent["pbfgs"].count(4 * 3) == 2 * 8
+    assert max(sent["pbfgs"]) < 100
+    assert sent["residual"].count(4 * n) == 2 * 8
+    rows = torch.load(runs[2] / "pbfgs" / "checkpoint.pt", weights_only=True)["rows"]
+    trials = sum(row["trials"] + 1 for row in rows) * 8
+    # One for the loss at the start of each step, one a trial.
+    assert sent["pbfgs"].count(4) == pytest.approx(trials + 16, abs=1)
+
+
+def test_with_batchnorm_the_statistics_are_shared(tmp_path):
+    run(tmp_path / "run", 2, network=False)
+    for name in COMMANDS:
+        rows = torch.load(tmp_path / "run" / name / "checkpoint.pt", weights_only=True)["rows"]
+        assert rows[-1]["test_acc"] > 15
+    args = utils.parse(train_sgd.options(), [*DIGITS, "--save-dir", str(tmp_path / "run")])
+    row = utils.evaluate_only(args, models.build, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["rows"][-1]
+    assert row["test_acc"] == pytest.approx(saved["test_acc"], abs=1e-3), "all tested the same"
+
+
+def test_the_parts_of_a_batch_make_the_batch(monkeypatch):
+    args = argparse.Namespace(**vars(utils.parse(train_sgd.options(), DIGITS)))
+    data = utils.load_data(args)
+    whole = list(data.train.epoch(3))
+    monkeypatch.setattr(utils, "world", lambda: 3)
+    parts = []
+    for number in range(3):
+        monkeypatch.setattr(utils, "rank", lambda number=number: number)
+        parts.append(list(data.train.epoch(3)))
+    for batch, *pieces in zip(whole, *parts, strict=True):
+        for position in (0, 1):
+            joined = torch.cat([piece[position] for piece in pieces])
+            assert torch.equal(joined, batch[position])
+
+
+def torchrun(*arguments, restarts: int = 0) -> subprocess.Popen:
+    """A real torchrun of two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "--max-restarts", str(restarts), *arguments]
+    command = [str(part) for part in command]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipe, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(file, process) -> None:
+    """Until there is the file."""
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def one_worker(process) -> int:
+    """The process id of the second process that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return max(map(int, children))
+
+
+LONG = [*DIGITS, "--batch-size", "64", "--save-every", "1", "--save-dir"]
+
+
+def test_torchrun_trains_and_a_refusal_is_one_line(tmp_path):
+    command = ["train_sgd.py", *DIGITS, "--epochs", "2", "--save-dir", tmp_path / "run"]
+    for code in (0, 1):  # the second time the directory holds a run
+        process = torchrun(*command)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == code, output
+        lines = [line for line in output.splitlines() if "holds a run" in line]
+        assert len(lines) == code
+        assert len([line for line in output.splitlines() if "epoch   2/2" in line]) == 1 - code
+        assert "FutureWarning" not in output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_killed_process_ends_the_job_or_restarts_it(restarts, tmp_path):
+    command = ["train_sgd.py", *LONG, tmp_path / "run", "--epochs", "12"]
+    process = torchrun(*command, restarts=restarts)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    os.kill(one_worker(process), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    if not restarts:
+        assert process.returncode == 1
+        assert "another process is gone" in output
+        assert "SIGKILL" in output
+        assert "processes" in output
+        process = torchrun(*command, "--resume")
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "epochs are done" in output
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 13))
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    command = ["train_sgd.py", *LONG, tmp_path / "run", "--epochs", "8", "--print-freq", "2"]
+    process = torchrun(*command)
+    wait_for(tmp_path / "run" / "1.pt", process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM; the same command with --resume goes on" in output
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert len(saved["rows"]) < 8
+    process = torchrun(*command, "--resume")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 9))
+    for row in rows:
+        assert 0 <= json.loads(row)["train_acc"] <= 100
