@@ -174,7 +174,7 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:
 class Laboratory:
     """A network and training images of one save dir, to measure on."""
 
-    def __init__(self, line: Line, data_dir: Path | None) -> None:
+    def __init__(self, line: Line, data_dir: Path | None, arch: str | None) -> None:
         self.line = line
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.args = argparse.Namespace(**line.arguments | {"device": device})
@@ -187,6 +187,9 @@ class Laboratory:
         split = train._replace(images=train.images[which], labels=labels[which])
         self.true = labels[which] == train.labels[which]
         self.images = utils.in_batches(split, self.args, GRID_IMAGES)
+        if ":" in self.args.arch and self.args.arch != arch:
+            # What a file names is not to be imported because it stands there.
+            raise ValueError(f"its network is {self.args.arch}; allow it: --arch {self.args.arch}")
         self.model = models.build(self.args.arch, classes).to(device).eval()
 
     @torch.no_grad()
@@ -211,7 +214,9 @@ def start_line(line: Line, laboratory: Laboratory) -> Line:
     return line._replace(method="before", title="before", rows=[row], weights=weights)
 
 
-def measured(lines: Sequence[Line], data_dir: Path | None) -> tuple[list[Line], dict, dict]:
+def measured(
+    lines: Sequence[Line], data_dir: Path | None, arch: str | None
+) -> tuple[list[Line], dict, dict]:
     """The lines, with those of the networks that were trained further; the training accuracies by
     weights file; and a Laboratory for the first save dir of each experiment.
     """
@@ -219,7 +224,7 @@ def measured(lines: Sequence[Line], data_dir: Path | None) -> tuple[list[Line], 
     bar = tqdm(total=len(lines), desc="training accuracy", disable=None, leave=False)
     for save_dir, own in grouped(lines, lambda line: line.save_dir).items():
         with utils.refusing(f"{save_dir}: no finished run", Exception):
-            laboratory = Laboratory(own[0], data_dir)
+            laboratory = Laboratory(own[0], data_dir, arch)
             laboratories.setdefault(own[0].experiment, laboratory)
             if own[0].arguments["pretrained"]:
                 own.insert(0, start_line(own[0], laboratory))
@@ -566,6 +571,8 @@ def options() -> utils.Parser:
         help="directory of index.html, report.md, results.json and the pictures")
     parser.add("--data-dir", type=utils.place, metavar="DIR",
         help="where the dataset is, if no longer where the runs had it")
+    parser.add("--arch", metavar="NAME",
+        help="package.module:callable, where the network of the runs is one")
     parser.add("--no-data", action="store_true",
         help="leave out what needs the images: training accuracy and the loss around trajectories")
     # fmt: on
@@ -581,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             lines += lines_of(save_dir)
     accuracies, laboratories = {}, {}
     if not args.no_data:
-        lines, accuracies, laboratories = measured(lines, args.data_dir)
+        lines, accuracies, laboratories = measured(lines, args.data_dir, args.arch)
     rows, facts, page = results(lines, accuracies), machine(lines), Page()
     with utils.refusing():
         drawn = grouped(drawings(lines, laboratories), lambda drawing: drawing[0])

@@ -160,6 +160,12 @@ def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
+def network(names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of `names`, or package.module:callable."""
+    own = re.compile(r"[\w.]+:\w+")
+    return lambda text: text if own.fullmatch(text) else one_of("network", names)(text)
+
+
 # One option a row reads as the table it is.
 # fmt: off
 def parser(
@@ -168,8 +174,9 @@ def parser(
     """The options that the three scripts have in common, with a script's own defaults."""
     options = Parser(description=description, allow_abbrev=False)
     add = options.add
-    add("-a", "--arch", type=one_of("network", architectures), metavar="NAME", default=arch,
-        help="a CIFAR ResNet (resnet8, 20, 32, 44, 56, 110, 1202) or a torchvision classifier")
+    add("-a", "--arch", type=network(architectures), metavar="NAME", default=arch,
+        help="a CIFAR ResNet (resnet8, 20, 32, 44, 56, 110, 1202), a torchvision classifier, or "
+        "package.module:callable, which is called with num_classes")
     add("--datasets", type=one_of("dataset", list(DATASETS)), metavar="NAME", default="CIFAR10",
         help=", ".join(DATASETS))
     add("--data-dir", type=place, metavar="DIR", default=Path("../data"),
@@ -1191,7 +1198,10 @@ def make_model(
 ) -> nn.Module:
     """The network of --arch on the device, initialised with the seed or from --pretrained."""
     torch.manual_seed(args.randomseed)
-    model = build(args.arch, data.num_classes)
+    with refusing("--arch", (ValueError, TypeError)):
+        model = build(args.arch, data.num_classes)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{args.arch}: gives a {type(model).__name__}, not a torch.nn.Module")
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(2, 3, args.image_size, args.image_size))

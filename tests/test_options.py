@@ -24,6 +24,11 @@ ROOT = Path(__file__).parent.parent
 
 # (scripts, options, what the line says beside a flag)
 BAD_VALUES = [
+    ((SGD,), "--arch nowhere:network", "--arch: nowhere:network: No module named 'nowhere'"),
+    ((SGD,), "--arch math:network", "--arch: math:network: module 'math' has no attribute"),
+    ((SGD,), "--arch math:sqrt", "--arch: "),
+    ((SGD,), "--arch builtins:dict", "--arch: builtins:dict: gives a dict, not a torch.nn.Module"),
+    (ALL, "--arch a:b:c", "there is no network 'a:b:c'"),
     (ALL, "--arch resnet21", "--arch: there is no network 'resnet21'; did you mean"),
     (ALL, "--arch xyzzy", "allowed: resnet8, resnet20"),
     (ALL, "--datasets CIFAR11", "did you mean CIFAR10"),
@@ -150,6 +155,7 @@ BAD_VALUES = [
     ((report,), "--nonsense .", "unrecognized arguments: --nonsense"),
     ((report,), "--out", "argument --out: expected one argument"),
     ((report,), "--out= .", "argument --out: '' is not a path of names of 1 to 255 bytes"),
+    ((report,), "--arch", "argument --arch: expected one argument"),
     ((report,), "--data-dir", "argument --data-dir: expected one argument"),
     ((report,), "--no-data=1 .", "argument --no-data: ignored explicit argument '1'"),
     ((report,), "--seeds=3 .", "unrecognized arguments: --seeds=3"),

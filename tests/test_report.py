@@ -164,14 +164,14 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
     """
     drawn = {}
 
-    def spy(paths, *rest):
-        drawn.update(paths)
+    def spy(paths, x, y, loss, ratios):
+        drawn.update(paths, corners=(x, y, loss))
         return b""
 
     monkeypatch.setattr(pictures, "landscape", spy)
     monkeypatch.setattr(report, "GRID", 2)
     lines = report.lines_of(runs / "one")
-    laboratory = report.Laboratory(lines[0], None)
+    laboratory = report.Laboratory(lines[0], None, None)
     report.landscape(laboratory, [line for line in lines if "basis" in line.arguments])
     samples = utils.load_samples(runs / "one", 0, 7)
     names = [name for name, _ in laboratory.model.named_parameters()]
@@ -186,6 +186,12 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
         place = basis @ (vector(end) - middle)
         np.testing.assert_allclose(drawn[method][-1], place, rtol=1e-3, atol=1e-3)
     assert len(drawn["P-SGD"]) == 3, "the start and two epochs"
+    x, y, loss = drawn["corners"]
+    plane = models.Subspace(laboratory.model, basis.float())  # of the mean, as it was left
+    with torch.no_grad():
+        corner = report.loss_on(plane, laboratory.images, [(x[0], y[1])])
+    assert loss[1, 0] == pytest.approx(corner[0], rel=1e-4)
+    assert loss[0, 1] != pytest.approx(corner[0], rel=1e-2)
     moved = drawn["P-SGD, random basis"]
     assert np.abs(moved - moved[0]).max() < 0.1 * np.abs(drawn["P-SGD"] - moved[0]).max()
 
