@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
     basis = utils.extract(args, samples, model)
-    subspace = models.Subspace(model, basis.basis)
+    subspace = models.Subspace(model, basis.basis, args.shard_basis)
     trials = 30 if args.datasets == "ImageNet" else 20
     optimizer, residual = PBFGS([subspace.coordinates], max_trials=trials), None
     state = {"model": subspace, "optimizer": optimizer}

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)
     basis = utils.extract(args, samples, model)
-    subspace = models.Subspace(model, basis.basis)
+    subspace = models.Subspace(model, basis.basis, args.shard_basis)
     optimizer = torch.optim.SGD([subspace.coordinates], args.lr, args.momentum)
     network = utils.parallel(subspace)
 

@@ -255,6 +255,8 @@ def add_subspace_options(options: Parser) -> None:
         help="before each test, BatchNorm's statistics anew over the training images")
     add("--run", type=folder, metavar="NAME",
         help="directory in --save-dir (default: the method's, with --basis and --start if given)")
+    add("--shard-basis", action="store_true",
+        help="under torchrun, each process keeps its part of the basis' columns")
     add("--basis-dtype", choices=["float32", "bfloat16"], default="float32",
         help="how the basis is kept; bfloat16 takes half the memory")
 # fmt: on
@@ -287,6 +289,8 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if args.batch_size < 2 * world():
         refuse(f"--batch-size {args.batch_size}: allowed: from {2 * world()}, two a process")
+    if getattr(args, "shard_basis", False) and args.basis not in ("pca", "schmidt"):
+        refuse(f"--shard-basis: not with --basis {args.basis}; allowed: pca, schmidt")
     if args.sync_bn and args.device == "cpu":
         refuse("--sync-bn: allowed on CUDA; on the CPU torch has no BatchNorm over processes")
     if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
@@ -361,11 +365,8 @@ def parallel(module: nn.Module) -> nn.Module:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of the processes' values; `value` itself, changed, where there are several."""
-    if world() > 1:
-        dist.all_reduce(value)
-        value /= world()
-    return value
+    """`value`, changed in place to its mean over the processes."""
+    return all_reduce(value).div_(world()) if world() > 1 else value
 
 
 def sum_over_processes(totals: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
@@ -375,6 +376,19 @@ def sum_over_processes(totals: Mapping[str, Tensor | float]) -> dict[str, Tensor
     summed = torch.tensor([float(total) for total in totals.values()], dtype=torch.float64)
     dist.all_reduce(summed)
     return dict(zip(totals, summed, strict=True))
+
+
+def all_reduce(value: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """`value` changed in place to its sum, or the like, over the processes."""
+    if world() > 1:
+        dist.all_reduce(value, operation)
+    return value
+
+
+def own_columns(n: int) -> tuple[int, int]:
+    """Which of n columns this process holds: from the first number to before the second."""
+    width = -(-n // world())
+    return min(n, rank() * width), min(n, (rank() + 1) * width)
 
 
 def synchronise(model: nn.Module) -> None:
@@ -824,7 +838,7 @@ def part_of(sample: Mapping[str, Tensor], name: str, start: int, stop: int) -> T
 def column_blocks(
     samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: Any
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The T samples about their mean, ≤ BLOCK / T columns (and which) at a time.
+    """The T samples about their mean, ≤ BLOCK / T of this process's columns (and which) at a time.
 
     A block is good until the next one is taken: it is the same memory, since fresh pages for
     every block were measured to cost more than the arithmetic.
@@ -833,16 +847,18 @@ def column_blocks(
     block = torch.empty(len(samples), width, dtype=torch.float64, device=device)
     first = shapes(samples[0])
     sizes = [first[name].numel() for name in names]
-    column = filled = 0
-    bar = progress_bar(None, "PCA", sum(sizes), unit="columns", unit_scale=True)
+    column, last = own_columns(sum(sizes))
+    filled = start = 0
+    bar = progress_bar(None, "PCA", last - column, unit="columns", unit_scale=True)
     for name, size in zip(names, sizes, strict=True):
-        done = 0
-        while done < size:
-            taken = min(size - done, width - filled)
+        done, end = max(0, column + filled - start), min(size, last - start)
+        start += size
+        while done < end:
+            taken = min(end - done, width - filled)
             for row, sample in zip(block, samples, strict=True):
                 row[filled : filled + taken] = part_of(sample, name, done, done + taken)
             done, filled = done + taken, filled + taken
-            if filled == width or column + filled == sum(sizes):
+            if filled == width or column + filled == last:
                 columns = block[:, :filled]
                 columns -= columns.mean(0)
                 yield slice(column, column + filled), columns
@@ -852,9 +868,12 @@ def column_blocks(
 
 
 def orthonormalise(basis: Tensor) -> None:
-    """Gram–Schmidt in place on rows (k, n) that are nearly orthonormal, from the first one on."""
+    """Gram–Schmidt in place on rows (k, n) that are nearly orthonormal, from the first one on.
+
+    Several processes may each hold some columns.
+    """
     blocks = basis.split(max(1, BLOCK // len(basis)), dim=1)
-    gram = sum(block.double() @ block.double().T for block in blocks)
+    gram = all_reduce(sum(block.double() @ block.double().T for block in blocks))
     factor = torch.linalg.cholesky(gram)
     for block in blocks:
         block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
@@ -876,14 +895,18 @@ def principal_axes(
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=device)
     for _, block in column_blocks(samples, names, device):
         gram.addmm_(block, block.T)
+    all_reduce(gram)
     if not gram.isfinite().all():
         for position, sample in enumerate(samples):
             if not all(sample[name].isfinite().all() for name in names):
                 file = getattr(sample, "file", f"sample {position}")
                 raise ValueError(f"{file}: holds values that are not finite")
         raise ValueError("the samples are too large")
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(-1), vectors.flip(-1)
+    values, vectors = (part.flip(-1).contiguous() for part in torch.linalg.eigh(gram))
+    if world() > 1:  # on other hardware the vectors could have other signs
+        dist.broadcast(values, 0)
+        dist.broadcast(vectors, 0)
+    return values, vectors
 
 
 def pca(
@@ -893,6 +916,7 @@ def pca(
     names: Sequence[str] | None = None,
     device: Any = "cpu",
     dtype: torch.dtype | None = None,
+    shard: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Principal components of T samples: basis (k, n), explained_variance_ratio (k,).
 
@@ -903,7 +927,8 @@ def pca(
     as in scikit-learn. The results are on `device`; the basis is rounded to `dtype`, by default to
     the samples' type.
 
-    T ≪ n, so the components come from the T × T Gram matrix.
+    T ≪ n, so the components come from the T × T Gram matrix. Several processes share the work by
+    columns; with `shard` each returns those of the basis that are its own, (k, n / processes).
 
     Raises ValueError where k > T − 1, where the samples do not span k directions, and where they
     are not finite or of different shapes.
@@ -920,31 +945,48 @@ def pca(
     if n_components > most:
         raise ValueError(f"{n_components} of {len(samples)} samples; allowed: at most {most}")
     exact = samples[0][names[0]].dtype
+    first_column, last_column = own_columns(parameters)
+    held = last_column - first_column if shard else parameters
     if isinstance(n_components, int):
-        check_memory(n_components, parameters, dtype or exact, device)
+        check_memory(n_components, held, dtype or exact, device)
 
     variances, vectors = principal_axes(samples, names, device)
     ratios = variances.clamp(min=0) / variances.sum()
     k = n_components
     if isinstance(k, float):
         k = min(int(torch.searchsorted(ratios.cumsum(0), k, right=True)) + 1, most)
-        check_memory(k, parameters, dtype or exact, device)
+        check_memory(k, held, dtype or exact, device)
     rank = int((variances > len(samples) * torch.finfo(variances.dtype).eps * variances[0]).sum())
     if k > rank:
         raise ValueError(f"{k}, but the {len(samples)} samples span only {rank} directions")
 
     weights = vectors[:, :k] / variances[:k].sqrt()
-    basis = torch.empty(k, parameters, dtype=dtype or exact, device=device)
+    basis = torch.empty(k, held, dtype=dtype or exact, device=device)
+    own = basis if shard else basis[:, first_column:last_column]
     product = torch.empty(0, dtype=torch.float64, device=device)
     for columns, block in column_blocks(samples, names, device):
-        basis[:, columns] = torch.mm(weights.T, block, out=product.resize_(k, block.shape[1]))
+        place = slice(columns.start - first_column, columns.stop - first_column)
+        own[:, place] = torch.mm(weights.T, block, out=product.resize_(k, block.shape[1]))
     if variances[k - 1] < 1e-8 * variances[0]:  # else the rounding of the variances does not show
-        orthonormalise(basis)
-    for row in basis:
-        low, high = row.aminmax()
+        orthonormalise(own)
+    lows, highs = (torch.stack(ends) for ends in zip(*(row.aminmax() for row in own), strict=True))
+    all_reduce(lows, dist.ReduceOp.MIN)
+    all_reduce(highs, dist.ReduceOp.MAX)
+    for row, low, high in zip(own, lows, highs, strict=True):
         if -low > high:
             row.neg_()
+    if not shard:
+        gather_columns(basis)
     return basis, ratios[:k].to(exact)
+
+
+def gather_columns(basis: Tensor) -> None:
+    """Fill in the columns of a basis (k, n) that the other processes have computed."""
+    width = -(-basis.shape[1] // world())
+    for number, columns in enumerate(basis.split(width, dim=1) if world() > 1 else ()):
+        part = columns.contiguous()
+        dist.broadcast(part.view(torch.uint8), number)  # as bytes: gloo does not know all types
+        columns.copy_(part)
 
 
 def free_memory(device: str) -> float:
@@ -1297,7 +1339,7 @@ def extract(
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
         source = fingerprint(of, *options)
     where = ""
-    for file in args.save_dir.glob("*/basis.npz"):
+    for file in [] if args.shard_basis else args.save_dir.glob("*/basis.npz"):
         if computed_from(file) == source and (basis := load_basis(file, n, args.device)):
             where = f", from {file}"
             break
@@ -1333,7 +1375,8 @@ def make_basis(
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
         # same in either: SGD, and BFGS that starts at the identity, turn with the basis.
         k = len(samples) - 1 if args.basis == "schmidt" else k
-        return pca(samples, k, names=names, device=args.device, dtype=dtype)
+        shard = args.shard_basis
+        return pca(samples, k, names=names, device=args.device, dtype=dtype, shard=shard)
     else:
         basis = read_basis(Path(args.basis))
         fits = basis.dim() == 2 and len(basis) > 0 and basis.shape[1] == n
@@ -1534,7 +1577,9 @@ def start_run(
         config["k"] = len(basis.basis)
     save(directory / "config.json", json.dumps(config, indent=2) + "\n")
     if basis and computed_from(directory / "basis.npz") != basis.computed_from:
-        save_basis(directory / "basis.npz", basis)
+        # A part of the columns is no basis: without any, the file has the variances.
+        saved = basis._replace(basis=basis.basis[:, :0]) if args.shard_basis else basis
+        save_basis(directory / "basis.npz", saved)
     if args.compile:
         state["model"].compile()
     several = f", {world()} processes" if world() > 1 else ""

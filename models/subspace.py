@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
 
@@ -24,6 +25,29 @@ class Combination(torch.autograd.Function):
         return sum(block.to(part.dtype) @ part for block, part in pairs), None
 
 
+class Gathering(torch.autograd.Function):
+    """The whole vector (n,), of which each process has n / processes numbers, the last one fewer.
+
+    The gradient is the sum of all processes'. Both send n numbers: what a basis in parts costs.
+    """
+
+    @staticmethod
+    def forward(ctx, part: torch.Tensor, n: int) -> torch.Tensor:
+        width = -(-n // dist.get_world_size())
+        ctx.columns = slice(dist.get_rank() * width, dist.get_rank() * width + len(part))
+        padded = torch.zeros(width, dtype=part.dtype, device=part.device)
+        padded[: len(part)] = part
+        whole = part.new_empty(width * dist.get_world_size())
+        dist.all_gather_into_tensor(whole, padded)
+        return whole[:n]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = gradient.clone()
+        dist.all_reduce(summed)
+        return summed[ctx.columns], None
+
+
 class Subspace(nn.Module):
     """A network with parameters θ(z) = θ_0 + Pᵀ z, of which only the k coordinates z are trained.
 
@@ -35,18 +59,20 @@ class Subspace(nn.Module):
     Attributes: `coordinates` (k,) is z, the one trainable parameter; `origin` (n,) is θ_0, frozen
     (with `requires_grad_` it gathers the full gradient ∂L/∂θ); `basis` (k, n) is no buffer,
     since DistributedDataParallel sends the buffers out at every step. A basis in bfloat16 stays
-    in it; θ(z) and the gradients are of the model's type all the same.
+    in it; θ(z) and the gradients are of the model's type all the same. With `shard` each process
+    of torch.distributed gives its part of the columns, as `utils.pca` shares them out.
 
     Raises ValueError where the basis does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, basis: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, basis: torch.Tensor, shard: bool = False) -> None:
         super().__init__()
         parameters = dict(model.named_parameters())
         self._names = list(parameters)
         self._shapes = [parameter.shape for parameter in parameters.values()]
         self._sizes = [parameter.numel() for parameter in parameters.values()]
-        if basis.dim() != 2 or basis.shape[1] != sum(self._sizes):
+        self._shard = shard and dist.is_initialized()
+        if basis.dim() != 2 or (not self._shard and basis.shape[1] != sum(self._sizes)):
             raise ValueError(
                 f"the basis is {tuple(basis.shape)}, not (k, n) with n = {sum(self._sizes)}"
             )
@@ -66,7 +92,8 @@ class Subspace(nn.Module):
     def combine(self, z: torch.Tensor) -> torch.Tensor:
         """Pᵀz, (n,): the rows of P with the weights z (k,)."""
         same = self.basis.dtype == z.dtype
-        return z @ self.basis if same else Combination.apply(z, self.basis)
+        combined = z @ self.basis if same else Combination.apply(z, self.basis)
+        return Gathering.apply(combined, len(self.origin)) if self._shard else combined
 
     def _named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         # One split, not a slice a parameter: its backward is one concatenation.

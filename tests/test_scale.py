@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +30,25 @@ COMMANDS = {
     "psgd": (train_psgd, [*SUBSPACE, "--lr", "0.1", "--weight-decay", "1e-3"]),
     "pbfgs": (train_pbfgs, SUBSPACE),
     "residual": (train_pbfgs, [*SUBSPACE, "--alpha", "0.01", "--run", "residual"]),
+    "sharded": (
+        train_psgd,
+        [*SUBSPACE, "--shard-basis", "--lr", "0.1", "--weight-decay", "1e-3", "--run", "sharded"],
+    ),
+    "schmidt": (
+        train_pbfgs,
+        [
+            *SUBSPACE,
+            "--shard-basis",
+            "--basis",
+            "schmidt",
+            "--alpha",
+            "0.01",
+            "--basis-dtype",
+            "bfloat16",
+            "--run",
+            "schmidt",
+        ],
+    ),
     "several": (train_pbfgs, [*SUBSPACE, "--accumulate", "2", "--run", "several"]),
 }
 
@@ -114,15 +134,36 @@ def test_several_processes_train_as_one_does(name, processes, runs):
         assert other.get("trials") == row.get("trials")
 
 
+def test_several_processes_find_the_same_basis(runs):
+    """Also one in bfloat16, and one of which each process keeps a part."""
+    for processes in (2, 4):
+        for name in ("psgd", "sharded", "schmidt"):
+            one, other = (np.load(runs[count] / name / "basis.npz") for count in (1, processes))
+            ratios = "explained_variance_ratio"
+            np.testing.assert_allclose(other[ratios], one[ratios], rtol=1e-4)
+            if name == "psgd":
+                np.testing.assert_allclose(other["basis"], one["basis"], atol=1e-4)
+            else:
+                assert other["basis"].shape[1] == 0, "no process has all of it"
+
+
+def test_a_basis_in_parts_sends_the_parameters(runs):
+    sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
+    n = sum(parameter.numel() for parameter in plain_network("", 10).parameters())
+    # In each of 16 steps for the loss and for the penalty, back; θ(z) itself goes by all_gather.
+    assert sent["sharded"].count(4 * n) == 2 * 16
+    assert sent["sharded"].count(4 * 3) == 16 + 2, "two more for the signs of the components"
+
+
 def test_a_step_in_the_plane_sends_the_coordinates_and_little_else(runs):
     """1,437 images in batches of 200: 8 steps an epoch, 2 epochs; k = 3, n = 3,114."""
     sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
     n = sum(parameter.numel() for parameter in plain_network("", 10).parameters())
     assert sent["."].count(4 * n) == 3 * 6, "256 images a batch, the last one is 157"
-    assert sent["psgd"].count(4 * 3) == 2 * 8
-    assert max(sent["psgd"]) < 100, "the rest: sums of an epoch, and whether a signal came"
+    assert sent["psgd"].count(4 * 3) == 2 * 8 + 2, "two more for the signs of the components"
+    assert max(sent["psgd"]) < 200, "the rest: the 4 × 4 Gram matrix, sums of an epoch, signals"
     assert sent["pbfgs"].count(4 * 3) == 2 * 8
-    assert max(sent["pbfgs"]) < 100
+    assert max(sent["pbfgs"]) < 200
     assert sent["residual"].count(4 * n) == 2 * 8
     rows = torch.load(runs[2] / "pbfgs" / "checkpoint.pt", weights_only=True)["rows"]
     trials = sum(row["trials"] + 1 for row in rows) * 8
