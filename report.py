@@ -314,6 +314,8 @@ def cost_table(rows: Sequence[dict]) -> tuple[Sequence[str], list[list[str]]]:
     """The columns and lines of the table of costs."""
     lines = []
     for row in rows:
+        if row["method"] == "SGD to the last sample":  # the beginning of SGD's line
+            continue
         there = [cost for cost in row["to SGD's final"] if cost]
         epochs, seconds = zip(*there, strict=True) if there else ((), ())
         reached = f"{len(there)} of {len(row['seeds'])}"

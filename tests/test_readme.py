@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import tables
 import torch
 
+import models
 import report
 import train_pbfgs
 import train_psgd
@@ -14,7 +16,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_code_block_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[-1]
     torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), {})
     accuracy = float(capsys.readouterr().out.split("%")[0])
@@ -26,3 +28,21 @@ def test_every_option_is_told():
         for action in script.options()._actions:
             for flag in [flag for flag in action.option_strings if flag.startswith("--")][:1]:
                 assert re.search(rf"(?<![\w-]){flag}(?![\w-])", README), flag
+
+
+def test_bytes_a_step_are_those_of_the_networks():
+    """Oracle: the networks themselves; what is sent is counted in test_scale.py."""
+    names = {"ResNet-20": ("resnet20", 10), "ResNet-18": ("resnet18", 1000)}
+    names |= {"ResNet-50": ("resnet50", 1000), "ViT-B/16": ("vit_b_16", 1000)}
+    for name, (arch, classes) in names.items():
+        with torch.device("meta"):
+            n = sum(parameter.numel() for parameter in models.build(arch, classes).parameters())
+        (cells,) = re.findall(rf"^\| {name} \|(.*)\|$", README, re.MULTILINE)
+        n_told, k, plane, all_of_them, ratio = (int(c.replace(",", "")) for c in cells.split("|"))
+        assert (n_told, plane, all_of_them, ratio) == (n, 4 * k, 4 * n, n // k)
+
+
+def test_tables_are_those_of_the_measured_numbers():
+    """Oracle: results/tables.py, which fills them in from results/*.json."""
+    for page in tables.PAGES:
+        assert page.read_text() == tables.filled(page.read_text())
