@@ -125,6 +125,12 @@ def lines_of(save_dir: Path) -> list[Line]:
         return Line(experiment, method, title, k, rows, sampled, save_dir, of, arguments,
                     facts | {"versions": versions})  # fmt: skip
 
+    def sampled_by(number: int) -> list[dict]:
+        """The epochs that it took to the sample of this number."""
+        epochs = config.get("sample_epochs")  # where samples are not those of the epochs
+        last = math.ceil(epochs[number]) if epochs else number
+        return [row for row in sgd if row["epoch"] <= last]
+
     lines = []
     for directory in (file.parent for file in save_dir.glob("*/metrics.jsonl")):
         own_config, rows = read_run(directory)
@@ -133,12 +139,12 @@ def lines_of(save_dir: Path) -> list[Line]:
             raise ValueError(f"{directory} is not of the experiment in {save_dir}")
         if own.get("average"):
             first, end = own["average"]
-            sampled = [row for row in sgd if row["epoch"] < end]
+            sampled = sampled_by(end - 1)
             method = f"mean of the samples {first} to {end - 1}"
             lines.append(line(method, 0, rows, sampled, weights, own_config))
             continue
         last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
-        sampled = [row for row in sgd if row["epoch"] <= last]
+        sampled = sampled_by(last)
         at_last = line("SGD to the last sample", "n", sampled, [], save_dir / f"{last}.pt", config)
         if at_last not in lines:
             lines.append(at_last)

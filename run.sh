@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-4294967296}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
 
-usage='usage: ./run.sh [digits|cifar|digits-full|cifar-small|finetune|cost|test|bench|lint]'
+usage='usage: ./run.sh [digits|cifar|digits-full|cifar-small|finetune|cost|imagenet|finetune-imagenet|test|bench|lint]'
 usage+='   settings: model=resnet32 c=0.4 seed=2 ./run.sh cifar'
 
 # Does interpreter $1 have what the requirements files $2 … ask for?
@@ -109,7 +109,7 @@ if [ -z "$target" ]; then
     echo "run.sh: CUDA is $([ "$cuda" = True ] && echo here || echo not here), so this runs $target; $usage"
 fi
 
-model=${model:-resnet20} options=${options-} small= save_dirs=()
+model_given=${model-} model=${model:-resnet20} options=${options-} small= save_dirs=()
 case $target in
 digits)
     prepare requirements.txt
@@ -140,6 +140,27 @@ cifar)
     pbfgs=(--epochs 20 --params_start 0 --params_end 81 --batch-size 1024 --n_components 40)
     psgd=(--epochs 40 --lr 1 --params_start 0 --params_end 81 --batch-size 128 --n_components 40)
     chain
+    run report.py "$save_dir"
+    ;;
+imagenet) # data_dir is the directory with train/ and val/
+    prepare requirements.txt
+    datasets=ImageNet model=${model_given:-resnet18} c=${c:-0} seed=${seed:-1} average=
+    sgd=(--lr 0.1 --epochs=90 --batch-size 256 --sample-every 1000)
+    subspace=(--params_start 0 --params_end 241 --params_stride 2 --n_components 120 --batch-size 256)
+    pbfgs=(--epochs 4 "${subspace[@]}")
+    psgd=(--epochs 4 --lr 1 "${subspace[@]}")
+    chain
+    run report.py "$save_dir"
+    ;;
+finetune-imagenet) # torchvision's weights trained further: samples of the first 5, 10, 15 epochs
+    prepare requirements.txt
+    datasets=ImageNet model=${model_given:-resnet18} c=${c:-0} seed=${seed:-1}
+    settle _finetune
+    run train_sgd.py "${common[@]}" --pretrained --lr 0.005 --epochs=15 --batch-size 256 --sample-every 500
+    for epochs in 5 10 15; do # of about 10 samples each: 1,281,167 images are 5,005 batches
+        subspace=(--params_end $((10 * epochs + 1)) --n_components 30 --batch-size 256 --epochs 4)
+        run train_pbfgs.py "${common[@]}" "${subspace[@]}" --run pbfgs_of_$epochs
+    done
     run report.py "$save_dir"
     ;;
 cifar-small)

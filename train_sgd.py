@@ -2,7 +2,7 @@
 
     python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save
 
-writes save/0.pt (the initialisation), save/1.pt, … (after each epoch).
+writes save/0.pt (the initialisation), save/1.pt, … (after each epoch, or --sample-every steps).
 """
 
 import argparse
@@ -37,6 +37,8 @@ def options() -> utils.Parser:
         metavar=("START", "END"),
         help="no training: test the mean of the samples START to END − 1, BatchNorm re-estimated",
     )
+    parser.add_argument("--sample-every", type=utils.positive, metavar="STEPS",
+        help="steps between samples, which are numbered 0, 1, … (default: an epoch)")  # fmt: skip
     parser.add("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="what trains")
     return parser
 
@@ -97,14 +99,20 @@ def main(argv: Sequence[str] | None = None) -> dict:
         optimizer.step()
         return loss, output, {}
 
-    def sample(epoch: int) -> None:
-        utils.save(args.save_dir / f"{epoch}.pt", model.state_dict())
+    steps = len(utils.batch_sizes(len(data.train), args.batch_size))
+    every = args.sample_every or steps
 
-    utils.check_space(args, model)
+    def sample(iteration: int) -> None:
+        if iteration % every == 0:
+            utils.synchronise(model)
+            utils.save(args.save_dir / f"{iteration // every}.pt", model.state_dict())
+
+    numbers = range(args.start_epoch * steps // every, args.epochs * steps // every + 1)
+    utils.check_space(args, model, numbers)
     state = {"model": model, "optimizer": optimizer}
     run = utils.start_run(args, args.save_dir, data, model, state)
     if not run.rows and not run.progress:
-        sample(args.start_epoch)
+        sample(args.start_epoch * steps // every * every)
     return utils.fit(run, step, model.state_dict, sample)
 
 

@@ -1093,6 +1093,7 @@ def mean_of(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
 RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
+RESUMED += ("sample_every",)
 MIDWAY = ("batch_size", "accumulate")  # in the middle of an epoch, these too
 
 
@@ -1504,10 +1505,9 @@ def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
         file.unlink()
 
 
-def check_space(args: argparse.Namespace, model: nn.Module) -> None:
+def check_space(args: argparse.Namespace, model: nn.Module, numbers: range) -> None:
     """Say what disk space the samples still to come will take; refuse where it is not there."""
-    numbers = range(args.start_epoch, args.epochs + 1)
-    there = 0 if args.overwrite else sum((args.save_dir / f"{e}.pt").exists() for e in numbers)
+    there = 0 if args.overwrite else sum((args.save_dir / f"{i}.pt").exists() for i in numbers)
     count = len(numbers) - there
     size = sum(value.nbytes for value in model.state_dict().values())
     # checkpoint.pt takes three sizes, twice while the next one is written, and model.th one.
@@ -1572,6 +1572,10 @@ def start_run(
         | {"python": platform.python_version()},
         "commit": git_commit(),
     }
+    if getattr(args, "sample_every", None):
+        steps = len(batch_sizes(len(data.train), data.train.batch_size))
+        numbers = range(args.epochs * steps // args.sample_every + 1)
+        config["sample_epochs"] = [round(i * args.sample_every / steps, 6) for i in numbers]
     if basis:
         config["samples"] = list(range(args.params_start, args.params_end, args.params_stride))
         config["k"] = len(basis.basis)
@@ -1639,7 +1643,10 @@ def until_asked(batches: Iterable, asked: Sequence[int], every: int = 1) -> Iter
 def evaluate(
     model: nn.Module, images: "Images | ImageFiles", half: bool, asked: Sequence[int] = ()
 ) -> dict[str, float]:
-    """Mean loss, and accuracy in percent, with BatchNorm's running statistics."""
+    """Mean loss, and accuracy in percent, with BatchNorm's running statistics.
+
+    From 100 classes on also how often the label is among the five likeliest, test_top5.
+    """
     synchronise(model)
     model.eval()
     totals: Counter = Counter()
@@ -1647,8 +1654,11 @@ def evaluate(
         loss, output = cross_entropy(model, batch, labels, half)
         totals["loss"] += loss * len(labels)
         totals["correct"] += (output.argmax(1) == labels).sum()
-    loss, correct = (float(total) for total in sum_over_processes(totals).values())
-    return {"test_loss": loss / len(images), "test_acc": 100 * correct / len(images)}
+        if output.shape[1] >= 100:
+            totals["top5"] += (output.topk(5).indices == labels[:, None]).sum()
+    loss, *hits = (float(total) / len(images) for total in sum_over_processes(totals).values())
+    names = ("test_acc", "test_top5")
+    return {"test_loss": loss} | {name: 100 * hit for name, hit in zip(names, hits, strict=False)}
 
 
 def evaluate_only(
@@ -1666,7 +1676,9 @@ def evaluate_only(
     return row
 
 
-def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[str, float]:
+def train_epoch(
+    run: Run, step: Callable, after_step: Callable, epoch: int, asked: list[int]
+) -> dict[str, float]:
     """An epoch of `step`: means of loss, accuracy in percent, and details; and the seconds.
 
     What is done of it is in run.progress, and left out.
@@ -1697,6 +1709,7 @@ def train_epoch(run: Run, step: Callable, epoch: int, asked: list[int]) -> dict[
                 totals["correct"] += (output.argmax(1) == labels).sum()
                 totals["finite"] += loss.detach().isfinite()
                 done, seen = done + 1, seen + len(labels)
+                after_step(epoch * steps + done)
                 if done % args.print_freq == 0 or done == steps:
                     check_finite(run, totals, epoch, done)
                     if not bar.disable:
@@ -1736,14 +1749,14 @@ def fit(
     run: Run,
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Any]]],
     export: Callable[[], dict[str, Tensor]],
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    after_step: Callable[[int], None] = lambda iteration: None,
 ) -> dict:
     """Train with `step` to the last epoch, write the run's files; returns the last metrics row.
 
     `step` takes a batch, and the weight of its loss in the mean over all processes; it returns the
     batch's loss, the network's output, and other numbers to average over the epoch's steps.
-    `export` gives the plain network's state dict. `after_epoch(e)` is called after epoch e, before
-    a file says that it is done.
+    `export` gives the plain network's state dict. `after_step(i)` is called after the i-th step,
+    counted from epoch 0 on, before a file says that it is done.
 
     SIGINT and SIGTERM let the batch end, save all that --resume needs, and end the program with
     exit code 130 or 143; a second one ends it at once.
@@ -1762,7 +1775,7 @@ def fit(
     with run.lock, handling(ask), bar:
         try:
             for epoch in bar:
-                train_and_test(run, step, export, after_epoch, epoch, asked)
+                train_and_test(run, step, export, after_step, epoch, asked)
             check_asked(asked)
         except StopAsked as stop:
             (number,) = stop.args
@@ -1785,7 +1798,7 @@ def fit(
 
 
 def train_and_test(
-    run: Run, step: Callable, export: Callable, after_epoch: Callable, epoch: int, asked: list[int]
+    run: Run, step: Callable, export: Callable, after_step: Callable, epoch: int, asked: list[int]
 ) -> None:
     """One epoch of `fit`, with its line in metrics.jsonl and its files."""
     args, rows = run.args, run.rows
@@ -1794,7 +1807,7 @@ def train_and_test(
         row["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
         for group in run.state["optimizer"].param_groups:
             group["lr"] = row["lr"]
-    row |= train_epoch(run, step, epoch, asked)
+    row |= train_epoch(run, step, after_step, epoch, asked)
     model = run.state["model"]
     if run.basis:
         row["coordinates"] = model.coordinates.tolist()  # the path in the plane
@@ -1803,7 +1816,6 @@ def train_and_test(
     row |= evaluate(model, run.data.test, args.half, asked)
     rows.append(row)
     run.progress.clear()
-    after_epoch(epoch + 1)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     save(run.directory / "metrics.jsonl", lines)
     if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
@@ -1815,8 +1827,9 @@ def train_and_test(
         say(
             f"epoch {epoch + 1:3d}/{args.epochs}  "
             f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
-            f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %  "
-            f"{row['seconds']:.1f} s"
+            f"test loss {row['test_loss']:.4f}, accuracy {row['test_acc']:6.2f} %"
+            + (f", top-5 {row['test_top5']:6.2f} %" if "test_top5" in row else "")
+            + f"  {row['seconds']:.1f} s"
         )
 
 

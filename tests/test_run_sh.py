@@ -150,6 +150,30 @@ def test_finetune_starts_from_what_was_trained(project, tiny):
     assert epochs[0] == sampled + epochs[1] == sampled + epochs[2], "all train as long"
 
 
+def test_imagenet_is_the_published_experiment(project, tiny):
+    done = run(project, "imagenet", data_dir="/data", PYTHONPATH=tiny)
+    sgd, pbfgs, _ = (" ".join(command) for command in commands(done.stdout))
+    for part in ("datasets ImageNet", "arch resnet18", "epochs 90", "sample-every 1000", "lr 0.1"):
+        assert part in sgd
+    for part in ("params_start 0", "params_end 241", "params_stride 2", "n_components 120",
+                 "epochs 4", "batch-size 256", "data-dir /data"):  # fmt: skip
+        assert part in pbfgs
+
+
+def test_finetune_imagenet_has_samples_enough(project, tiny):
+    """1,281,167 images in batches of 256 are 5,005 steps an epoch."""
+    done = run(project, "finetune-imagenet", PYTHONPATH=tiny)
+    sgd, *planes = (" ".join(command) for command in commands(done.stdout))
+    every = int(sgd.split("sample-every ")[1].split()[0])
+    assert "pretrained" in sgd
+    assert len(planes) == 3
+    for line, epochs in zip(planes, (5, 10, 15), strict=True):
+        end = int(line.split("params_end ")[1].split()[0])
+        assert (end - 1) * every == pytest.approx(epochs * 5005, rel=0.01)
+        assert (end - 1) * every <= epochs * 5005, "the samples of these epochs"
+        assert int(line.split("n_components ")[1].split()[0]) < end
+
+
 def test_cost_samples_less_and_less(project, tiny):
     done = run(project, "cost", c=0, seed=4, PYTHONPATH=tiny)
     lines = [" ".join(command) for command in commands(done.stdout)]

@@ -8,6 +8,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import DIGITS
 from sklearn.decomposition import PCA
+from sklearn.metrics import top_k_accuracy_score
 
 import models
 import report
@@ -527,3 +529,65 @@ def test_a_terminal_sees_bars_and_a_file_rows(terminal, tmp_path):
     bars = re.findall(r"epoch [12]: .*\|.*<.*batch/s, accuracy=\d.* %, loss=\d", text)
     assert bool(bars) == terminal == bool(re.search(r"run: +50%.*1/2 .*epoch", text))
     assert ("\r" in text) == terminal
+
+
+def test_samples_are_taken_every_so_many_steps(tmp_path):
+    """Oracle: a run that keeps every step, 6 of which are an epoch of digits at 256 a batch."""
+    for every in (1, 4, 6, None):
+        options = ["--epochs", "2", "--save-dir", str(tmp_path / str(every))]
+        options += ["--sample-every", str(every)] if every else []
+        train_sgd.main([*DIGITS, *options])
+    for every, last in ((4, 3), (6, 2), (None, 2)):
+        samples = utils.load_samples(tmp_path / str(every), 0, last + 1)
+        assert not (tmp_path / str(every) / f"{last + 1}.pt").exists()
+        for number, sample in enumerate(samples):
+            step = utils.state_dict_in(tmp_path / "1" / f"{(every or 6) * number}.pt")
+            assert same(dict(sample), step)
+    config = json.loads((tmp_path / "4" / "config.json").read_text())
+    assert config["sample_epochs"] == pytest.approx([0, 4 / 6, 8 / 6, 2], abs=1e-6)
+    plane = ["--params_end", "3", "--n_components", "2", "--epochs", "1"]
+    train_psgd.main([*DIGITS, *plane, "--save-dir", str(tmp_path / "4")])
+    rows = report.main([str(tmp_path / "4"), "--out", str(tmp_path / "out")])
+    assert [row["in all"] for row in rows] == [2, 2, 3], "the last sample took part of epoch 2"
+
+
+def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    options = [*DIGITS, "--epochs", "2", "--sample-every", "4", "--save-dir"]
+    train_sgd.main([*options, str(tmp_path / "whole")])
+    plain, calls = utils.cross_entropy, iter(range(10**6))
+
+    def interrupting(*arguments):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(utils, "cross_entropy", interrupting)
+        train_sgd.main([*options, str(tmp_path / "broken")])
+    assert not (tmp_path / "broken" / "1.pt").exists()
+    train_sgd.main([*options, str(tmp_path / "broken"), "--resume"])
+    whole, broken = (utils.load_samples(tmp_path / name, 0, 4) for name in ("whole", "broken"))
+    assert all(same(dict(one), dict(other)) for one, other in zip(whole, broken, strict=True))
+
+
+def test_top_5_from_a_hundred_classes_on():
+    """Oracle: scikit-learn's top_k_accuracy_score."""
+    torch.manual_seed(0)
+    scores, labels = torch.randn(60, 100), torch.randint(100, (60,))
+    scores[torch.arange(30), labels[:30]] += 2
+
+    class Ready(torch.nn.Module):
+        def forward(self, images):
+            return scores[images[:, 0, 0, 0].long()]
+
+    class Numbers(list):
+        def epoch(self):
+            yield torch.arange(60.0).view(60, 1, 1, 1), labels
+
+    row = utils.evaluate(Ready(), Numbers(range(60)), False)
+    for name, k in (("test_acc", 1), ("test_top5", 5)):
+        exact = top_k_accuracy_score(labels, scores.double(), k=k, labels=range(100))
+        assert row[name] == pytest.approx(100 * exact)
+    scores = scores[:, :10]
+    labels = labels % 10
+    assert "test_top5" not in utils.evaluate(Ready(), Numbers(range(60)), False)
