@@ -194,15 +194,13 @@ finetune) # a trained network trained further, and in the plane of the first epo
 cost) # how few epochs can be sampled: beside the 30 of digits-full, 5, 10 and 20
     prepare requirements.txt
     digits
-    noises=${c:-0 0.4}
+    c=${c:-0}
     for seed in ${seed:-4 5 6 7 8}; do
-        for c in $noises; do
-            chain
-            for last in 5 10 20; do
-                plane=(--params_end $((last + 1)) --n_components $((last < 20 ? last - 1 : 20)))
-                run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" "${plane[@]}" --run pbfgs_of_$last
-                run train_psgd.py "${common[@]}" "${psgd[@]}" "${plane[@]}" --run psgd_of_$last
-            done
+        chain
+        for last in 5 10 20; do
+            plane=(--params_end $((last + 1)) --n_components $((last < 20 ? last - 1 : 20)))
+            run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" "${plane[@]}" --run pbfgs_of_$last
+            run train_psgd.py "${common[@]}" "${psgd[@]}" "${plane[@]}" --run psgd_of_$last
         done
     done
     run report.py "${save_dirs[@]}"
