@@ -318,7 +318,7 @@ def set_engine(args: argparse.Namespace) -> None:
 
 def rank() -> int:
     """The number of this process among those that torchrun started, 0 without it."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def world() -> int:

@@ -407,3 +407,21 @@ def test_a_corrupted_label_reaches_the_streamed_images(folder):
     seen = torch.cat([labels for _, labels in data.train.epoch(0)])
     order = utils.random_stream(1, "epoch", 0).permutation(12)
     assert torch.equal(seen, expected[order])
+
+
+@pytest.mark.parametrize("image_size", [32, 80])
+def test_the_parts_of_several_processes_make_the_batch(image_size, folder, monkeypatch):
+    """In memory and streamed; 12 images in batches of 7, for 2 processes."""
+    options = {"data_dir": folder, "image_size": image_size, "workers": 0, "batch_size": 7}
+    data = utils.load_data(arguments(datasets="ImageFolder", **options))
+    whole = list(data.train.epoch(3))
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    parts = []
+    for number in range(2):
+        monkeypatch.setattr(utils, "rank", lambda number=number: number)
+        parts.append(list(data.train.epoch(3)))
+    for batch, *pieces in zip(whole, *parts, strict=True):
+        assert [len(labels) for _, labels in pieces] == [-(-len(batch[1]) // 2), len(batch[1]) // 2]
+        for position in (0, 1):
+            joined = torch.cat([piece[position] for piece in pieces])
+            assert torch.equal(joined, batch[position])

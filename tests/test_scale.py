@@ -1,6 +1,5 @@
 """Several processes. Oracle: one process on the same global batches; bytes that are counted."""
 
-import argparse
 import json
 import os
 import signal
@@ -180,21 +179,6 @@ def test_with_batchnorm_the_statistics_are_shared(tmp_path):
     row = utils.evaluate_only(args, models.build, tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["rows"][-1]
     assert row["test_acc"] == pytest.approx(saved["test_acc"], abs=1e-3), "all tested the same"
-
-
-def test_the_parts_of_a_batch_make_the_batch(monkeypatch):
-    args = argparse.Namespace(**vars(utils.parse(train_sgd.options(), DIGITS)))
-    data = utils.load_data(args)
-    whole = list(data.train.epoch(3))
-    monkeypatch.setattr(utils, "world", lambda: 3)
-    parts = []
-    for number in range(3):
-        monkeypatch.setattr(utils, "rank", lambda number=number: number)
-        parts.append(list(data.train.epoch(3)))
-    for batch, *pieces in zip(whole, *parts, strict=True):
-        for position in (0, 1):
-            joined = torch.cat([piece[position] for piece in pieces])
-            assert torch.equal(joined, batch[position])
 
 
 def torchrun(*arguments, restarts: int = 0) -> subprocess.Popen:
