@@ -36,10 +36,10 @@ FINE_TICKS = (*range(1, 99), *np.arange(99, 100, 0.1))
 
 def look(method: str) -> Look:
     """The look of a method, given in the words of the table."""
-    for key in ("random", "mean"):
-        if key in method:
-            return LOOKS[key]
-    return LOOKS.get(method.partition(",")[0], LOOKS["other"])
+    if "random basis" in method or method.startswith("mean of"):
+        return LOOKS["random" if "random basis" in method else "mean"]
+    varied = " from " in method or "basis" in method
+    return LOOKS["other"] if varied else LOOKS.get(method.partition(",")[0], LOOKS["other"])
 
 
 def png(figure: Figure) -> bytes:
@@ -184,9 +184,9 @@ def against(setting: str, series: Mapping[str, Mapping], log: bool = False) -> b
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     shown = []
-    unused = itertools.cycle(LOOKS.values())
+    looks = itertools.cycle(LOOKS.values())
     for name, values in series.items():
-        color, line, marker = look(name) if look(name) != LOOKS["other"] else next(unused)
+        color, line, marker = next(looks) if name.startswith("c = ") else look(name)
         x = sorted(values)
         mean = np.array([statistics.mean(values[at]) for at in x])
         deviation = [statistics.stdev(values[at]) if len(values[at]) > 1 else 0 for at in x]

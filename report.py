@@ -59,6 +59,7 @@ class Line(NamedTuple):
     experiment: Experiment
     method: str
     title: str  # the method, the run's name if it has one, and how far it is if not at its end
+    finished: bool
     k: int | str
     rows: list[dict]  # metrics of its own epochs
     sampled: list[dict]  # and of the epochs of SGD that it builds on
@@ -118,11 +119,12 @@ def lines_of(save_dir: Path) -> list[Line]:
     def line(method: str, k: int | str, rows: list, sampled: list, of: Path, config: dict) -> Line:
         arguments = config["arguments"]
         title = f"{method} ({arguments['run']})" if arguments.get("run") else method
-        if of.name == "model.th" and 0 < rows[-1]["epoch"] < arguments["epochs"]:
+        finished = of.name != "model.th" or not 0 < rows[-1]["epoch"] < arguments["epochs"]
+        if not finished:
             title += f", {rows[-1]['epoch']} of {arguments['epochs']} epochs so far"
         facts = {name: config[name] for name in ("device", "threads", "commit")}
         versions = ", ".join(f"{name} {text}" for name, text in config["versions"].items())
-        return Line(experiment, method, title, k, rows, sampled, save_dir, of, arguments,
+        return Line(experiment, method, title, finished, k, rows, sampled, save_dir, of, arguments,
                     facts | {"versions": versions})  # fmt: skip
 
     def sampled_by(number: int) -> list[dict]:
@@ -146,8 +148,10 @@ def lines_of(save_dir: Path) -> list[Line]:
         last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
         sampled = sampled_by(last)
         at_last = line("SGD to the last sample", "n", sampled, [], save_dir / f"{last}.pt", config)
-        if at_last not in lines:
+        if sampled and at_last not in lines:
             lines.append(at_last)
+        if isinstance(own["start"], int):  # it may lie beyond the samples
+            sampled = sampled_by(max(last, own["start"]))
         k = len(np.load(directory / "basis.npz")["explained_variance_ratio"])
         lines.append(line(method_of(own), k, rows, sampled, weights, own_config))
 
@@ -215,7 +219,7 @@ class Laboratory:
 
 def start_line(line: Line, laboratory: Laboratory) -> Line:
     """The network that training started from, which is of interest when it was trained before."""
-    weights = line.save_dir / f"{line.arguments['start_epoch']}.pt"
+    weights = line.save_dir / f"{sample_numbers(line.save_dir)[0]}.pt"
     row = {"epoch": 0, "seconds": 0.0, "test_acc": laboratory.test_accuracy(weights)}
     return line._replace(method="before", title="before", rows=[row], weights=weights)
 
@@ -229,10 +233,10 @@ def measured(
     everything, accuracies, laboratories = [], {}, {}
     bar = tqdm(total=len(lines), desc="training accuracy", disable=None, leave=False)
     for save_dir, own in grouped(lines, lambda line: line.save_dir).items():
-        with utils.refusing(f"{save_dir}: no finished run", Exception):
+        with utils.refusing(str(save_dir), Exception):
             laboratory = Laboratory(own[0], data_dir, arch)
             laboratories.setdefault(own[0].experiment, laboratory)
-            if own[0].arguments["pretrained"]:
+            if own[0].arguments["pretrained"] and sample_numbers(save_dir):
                 own.insert(0, start_line(own[0], laboratory))
             for line in own:
                 if line.weights.exists():  # samples take room, and may have been removed
@@ -260,14 +264,18 @@ def same_line(line: Line) -> tuple:
     return line.experiment, line.title, line.k, epochs, len(line.sampled) + epochs
 
 
+def settings(line: Line) -> tuple[str, ...]:
+    """What seeds of it have to share."""
+    return tuple(str(line.arguments.get(name)) for name in SETTINGS)
+
+
 def check_alike(seeds: Sequence[Line]) -> None:
     """Refuse runs whose mean would be one of different things."""
-    for name in SETTINGS:
-        first, *others = (str(line.arguments.get(name)) for line in seeds)
-        for line, value in zip(seeds[1:], others, strict=True):
-            if value != first:
+    for line in seeds[1:]:
+        for name, one, other in zip(SETTINGS, settings(seeds[0]), settings(line), strict=True):
+            if one != other:
                 where = f"{seeds[0].weights.parent} and {line.weights.parent}"
-                utils.refuse(f"{where}: {name} is {first} and {value}; no seeds of one experiment")
+                utils.refuse(f"{where}: {name} is {one} and {other}; no seeds of one experiment")
 
 
 def reaching(line: Line, accuracy: float) -> tuple[int, float] | None:
@@ -347,12 +355,15 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def curves(lines: Sequence[Line]) -> bytes:
     """The way of each method, over its seeds."""
     ways = []
-    for method, seeds in grouped(plain(lines), lambda line: line.method).items():
-        before = len(seeds[0].sampled)
-        length = min(len(line.rows) for line in seeds)
-        rows = [line.rows[:length] for line in seeds]
+
+    def drawn_as_one(line: Line) -> tuple:
+        name = line.method if line.finished else line.title
+        return name, len(line.sampled), len(line.rows)
+
+    for (method, before, _), seeds in grouped(plain(lines), drawn_as_one).items():
+        rows = [line.rows for line in seeds]
         times = [
-            np.cumsum([row["seconds"] for row in line.sampled + line.rows])[before:][:length]
+            np.cumsum([row["seconds"] for row in line.sampled + line.rows])[before:]
             for line in seeds
         ]
         epochs = before + np.array([row["epoch"] for row in rows[0]])
@@ -414,12 +425,14 @@ def landscape(laboratory: Laboratory, runs: Sequence[Line]) -> bytes:
     paths = {"SGD": np.array([sample(number) for number in numbers])}
     for run in plain(runs):
         arguments = run.arguments
-        if "coordinates" not in run.rows[-1] or arguments["pretrained"]:
-            continue
         start = arguments["params_start"] if arguments["start"] is None else arguments["start"]
         own_samples = trajectory(line, [run])
-        begin = place(utils.mean_of(own_samples)) if start == "mean" else sample(start)
         own = utils.load_basis(run.weights.parent / "basis.npz", basis.shape[1], basis.device)
+        known = all("coordinates" in row for row in run.rows) and not arguments["pretrained"]
+        # Samples may have been removed, and a basis in parts is not kept.
+        if own is None or not known or not own_samples or start not in ("mean", *numbers):
+            continue
+        begin = place(utils.mean_of(own_samples)) if start == "mean" else sample(start)
         turn = (own.basis.to(basis.dtype) @ basis.T).cpu().numpy()  # (k, 2)
         z = np.array([row["coordinates"] for row in run.rows])
         paths[run.method] = np.array([begin, *(begin + z @ turn)])
@@ -449,9 +462,9 @@ def loss_on(plane: models.Subspace, images: Any, points: Sequence[tuple]) -> np.
 
 
 def finals(lines: Iterable[Line], name: Callable, at: Callable) -> dict[str, dict]:
-    """Final test accuracies of the seeds, by a name and a number of their lines."""
+    """Final test accuracies of the seeds that have ended, by a name and a number of their lines."""
     found: dict = {}
-    for line in lines:
+    for line in [line for line in lines if line.finished]:
         found.setdefault(name(line), defaultdict(list))[at(line)].append(line.final())
     return found
 
@@ -462,17 +475,17 @@ def drawings(
     """(experiment, name, caption, PNG) of each picture; those over experiments come first."""
     for same in grouped(lines, lambda line: line.experiment._replace(noise=0.0)).values():
         percent = finals(plain(same), lambda r: r.method, lambda r: 100 * r.experiment.noise)
-        if max(map(len, percent.values())) > 1:
+        if max(map(len, percent.values()), default=0) > 1:
             caption = "Final test accuracy against label noise; mean ± standard deviation."
             axis = "training labels drawn anew (%)"
             yield None, "noise", caption, pictures.against(axis, percent)
         taken = grouped(
             [line for line in same if "n_components" in line.arguments],
-            lambda line: (line.method, len(line.sampled)),
+            lambda line: (line.method, len(line.sampled), settings(line)),
         )
-        for (method, sampled), runs in taken.items():
+        for (method, sampled, _), runs in taken.items():
             series = finals(runs, lambda line: f"c = {line.experiment.noise:g}", lambda r: r.k)
-            if max(map(len, series.values())) > 2:
+            if max(map(len, series.values()), default=0) > 2:
                 caption = f"{method} in planes of k dimensions, of samples of {sampled} epochs."
                 yield None, "dimensions", caption, pictures.against("k", series, log=True)
     for experiment, same in grouped(lines, lambda line: line.experiment).items():

@@ -96,10 +96,11 @@ def make_step(
     """The step that trains on --accumulate batches, given as one; `residual` moves the origin."""
     z = subspace.coordinates
 
-    def losses(images: Tensor, labels: Tensor, seed: int, half: bool) -> Iterator:
+    def losses(images: Tensor, labels: Tensor, weight: float, seed: int, half: bool) -> Iterator:
         """Batch by batch its part of the step's mean loss, and the network's output."""
         torch.manual_seed(seed)  # all trials of a step see the same dropout
-        batches = max(1, math.ceil((len(images) - 1) / args.batch_size))
+        whole = round(len(images) * utils.world() / weight)  # the images of all processes
+        batches = max(1, math.ceil((whole - 1) / args.batch_size))
         for batch in zip(images.tensor_split(batches), labels.tensor_split(batches), strict=True):
             loss, output = utils.cross_entropy(subspace, *batch, half)
             yield loss * (len(output) / len(images)), output
@@ -108,7 +109,7 @@ def make_step(
         subspace.zero_grad()
         seed = torch.initial_seed() + 1
         total, outputs = 0, []
-        for loss, output in losses(images, labels, seed, args.half):
+        for loss, output in losses(images, labels, weight, seed, args.half):
             (loss * weight).backward()
             total += loss.detach()
             outputs.append(output.detach())
@@ -123,7 +124,7 @@ def make_step(
         def evaluate() -> Tensor:
             with frozen_statistics(subspace.model):
                 # Never in bfloat16, whose error is of the order of the decrease looked for.
-                parts = sum(loss for loss, _ in losses(images, labels, seed, half=False))
+                parts = sum(loss for loss, _ in losses(images, labels, weight, seed, half=False))
                 # Of all processes, so that all take the same branch.
                 return utils.mean_over_processes(parts * weight) + utils.penalty(args, subspace)
 

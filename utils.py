@@ -44,11 +44,16 @@ from tqdm import tqdm
 
 def refuse(message: str, code: int = 2) -> NoReturn:
     """End the program: one line on stderr that says what is wrong, and the exit code."""
-    if rank():  # what rank 0 refuses too it has said before this, and torchrun ended this process
-        time.sleep(5)
-        message = f"process {rank()}: {message}"
+    if number := number_under_torchrun():
+        time.sleep(5)  # what process 0 refuses too it has said by then, and torchrun ends this one
+        message = f"process {number}: {message}"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def number_under_torchrun() -> int:
+    """Which of the processes this is that torchrun started, also before they have met."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 @contextlib.contextmanager
@@ -66,7 +71,7 @@ def program(main: Callable[[], Any]) -> None:
     """Run a script's main, in which SIGINT and SIGTERM are one line and exit code 130 or 143."""
 
     def stop(number: int, frame: Any) -> None:
-        if rank():
+        if number_under_torchrun():
             raise SystemExit(128 + number)
         refuse(f"stopped by {signal.Signals(number).name}", 128 + number)
 
@@ -76,7 +81,7 @@ def program(main: Callable[[], Any]) -> None:
         except RuntimeError as error:  # gloo has no class of its own
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            refuse(f"another process is gone: {error}", 1)
+            refuse(f"between processes, one of which may be gone: {error}", 1)
 
 
 @contextlib.contextmanager
@@ -287,7 +292,7 @@ def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         refuse("--resume: not with --evaluate and --pretrained; allowed: one of them to test")
     if args.epochs <= args.start_epoch:
         refuse(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
-    if args.batch_size < 2 * world():
+    if 1 < world() > args.batch_size / 2:
         refuse(f"--batch-size {args.batch_size}: allowed: from {2 * world()}, two a process")
     if getattr(args, "shard_basis", False) and args.basis not in ("pca", "schmidt"):
         refuse(f"--shard-basis: not with --basis {args.basis}; allowed: pca, schmidt")
@@ -317,12 +322,12 @@ def set_engine(args: argparse.Namespace) -> None:
 
 
 def rank() -> int:
-    """The number of this process among those that torchrun started, 0 without it."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    """The number of this process among those that train together, 0 where it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes torchrun started, 1 without it."""
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -331,7 +336,10 @@ def join_processes(args: argparse.Namespace) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            refuse(f"--nproc_per_node: allowed: at most {there}, a process for each GPU")
+        torch.cuda.set_device(local)
     restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
     if not dist.is_initialized():
         store, number, size = next(dist.rendezvous("env://"))
@@ -339,7 +347,7 @@ def join_processes(args: argparse.Namespace) -> None:
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
         atexit.register(dist.destroy_process_group)
-    if int(restarts):  # the command is that of the first start
+    if int(restarts) and not args.evaluate:  # the command is that of the first start
         args.resume, args.overwrite = args.resume or True, False
 
 
@@ -374,8 +382,7 @@ def sum_over_processes(totals: Mapping[str, Tensor | float]) -> dict[str, Tensor
     if world() == 1:
         return dict(totals)
     summed = torch.tensor([float(total) for total in totals.values()], dtype=torch.float64)
-    dist.all_reduce(summed)
-    return dict(zip(totals, summed, strict=True))
+    return dict(zip(totals, all_reduce(summed), strict=True))
 
 
 def all_reduce(value: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -389,6 +396,16 @@ def own_columns(n: int) -> tuple[int, int]:
     """Which of n columns this process holds: from the first number to before the second."""
     width = -(-n // world())
     return min(n, rank() * width), min(n, (rank() + 1) * width)
+
+
+@contextlib.contextmanager
+def process_0_first() -> Iterator[None]:
+    """What one process may leave for the others is done by process 0, and by them afterwards."""
+    if rank():
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def synchronise(model: nn.Module) -> None:
@@ -614,7 +631,8 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
     root = args.data_dir
     was_there = root.exists()
     try:
-        dataset = getattr(torchvision.datasets, name)(root, train=train, download=True)
+        with process_0_first():
+            dataset = getattr(torchvision.datasets, name)(root, train=train, download=True)
     except Exception as error:  # network, disk or archive: the ways out are the same
         if not was_there:
             with contextlib.suppress(OSError):  # empty folders only
@@ -867,13 +885,15 @@ def column_blocks(
     bar.close()
 
 
-def orthonormalise(basis: Tensor) -> None:
+def orthonormalise(basis: Tensor, in_parts: bool = False) -> None:
     """Gram–Schmidt in place on rows (k, n) that are nearly orthonormal, from the first one on.
 
-    Several processes may each hold some columns.
+    `in_parts`: each process holds some of the columns.
     """
     blocks = basis.split(max(1, BLOCK // len(basis)), dim=1)
-    gram = all_reduce(sum(block.double() @ block.double().T for block in blocks))
+    gram = sum(block.double() @ block.double().T for block in blocks)
+    if in_parts:
+        all_reduce(gram)
     factor = torch.linalg.cholesky(gram)
     for block in blocks:
         block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
@@ -956,9 +976,11 @@ def pca(
     if isinstance(k, float):
         k = min(int(torch.searchsorted(ratios.cumsum(0), k, right=True)) + 1, most)
         check_memory(k, held, dtype or exact, device)
-    rank = int((variances > len(samples) * torch.finfo(variances.dtype).eps * variances[0]).sum())
-    if k > rank:
-        raise ValueError(f"{k}, but the {len(samples)} samples span only {rank} directions")
+    spanned = int(
+        (variances > len(samples) * torch.finfo(variances.dtype).eps * variances[0]).sum()
+    )
+    if k > spanned:
+        raise ValueError(f"{k}, but the {len(samples)} samples span only {spanned} directions")
 
     weights = vectors[:, :k] / variances[:k].sqrt()
     basis = torch.empty(k, held, dtype=dtype or exact, device=device)
@@ -968,7 +990,7 @@ def pca(
         place = slice(columns.start - first_column, columns.stop - first_column)
         own[:, place] = torch.mm(weights.T, block, out=product.resize_(k, block.shape[1]))
     if variances[k - 1] < 1e-8 * variances[0]:  # else the rounding of the variances does not show
-        orthonormalise(own)
+        orthonormalise(own, in_parts=True)
     lows, highs = (torch.stack(ends) for ends in zip(*(row.aminmax() for row in own), strict=True))
     all_reduce(lows, dist.ReduceOp.MIN)
     all_reduce(highs, dist.ReduceOp.MAX)
@@ -1094,7 +1116,7 @@ EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalld
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
 RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
 RESUMED += ("sample_every",)
-MIDWAY = ("batch_size", "accumulate")  # in the middle of an epoch, these too
+MIDWAY = ("batch_size", "accumulate")  # these too in an epoch, or where samples count steps
 
 
 class Run(NamedTuple):
@@ -1275,9 +1297,9 @@ def check_same(
     """Refuse where an option that has to be the same differs from what `file` recorded."""
     for name in names:
         value = getattr(args, name, None)
-        if name in args and name not in recorded:
+        if name in args and value is not None and name not in recorded:
             raise ValueError(f"{file}: does not tell its {name}")
-        if name in args and recorded[name] != value:
+        if name in args and recorded.get(name) != value:
             option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
             refuse(f"{option}: {value} here, {recorded[name]} in {file}; they have to be the same")
 
@@ -1338,13 +1360,16 @@ def extract(
     of = files if args.basis in BASES else [Path(args.basis)]
     with refusing("--basis", OSError):
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
+        options += ["in parts"] if args.shard_basis else []
         source = fingerprint(of, *options)
-    where = ""
-    for file in [] if args.shard_basis else args.save_dir.glob("*/basis.npz"):
+    where, basis = "", None
+    for file in args.save_dir.glob("*/basis.npz"):
         if computed_from(file) == source and (basis := load_basis(file, n, args.device)):
             where = f", from {file}"
             break
-    else:
+    found = all_reduce(torch.tensor(int(basis is not None)), dist.ReduceOp.MIN)
+    if not found:  # by all processes, since all have to take part in the PCA
+        where = ""
         with refusing("--n_components" if args.basis in BASES else "--basis"):
             basis = Basis(*make_basis(args, samples, names, n), source)
     explained = basis.explained_variance_ratio.sum()
@@ -1426,7 +1451,8 @@ def check_checkpoint(
     What is of another type raises whatever it does.
     """
     rows, progress = checkpoint["rows"], checkpoint["progress"]
-    kept = RESUMED + (MIDWAY if progress.get("batches") else ())
+    by_steps = progress.get("batches") or getattr(args, "sample_every", None)
+    kept = RESUMED + (MIDWAY if by_steps else ())
     check_same(args, checkpoint["arguments"], kept, file)
     check_fits(checkpoint["states"]["model"], model, file, args.arch)
     check_values(checkpoint["states"]["model"], file)
@@ -1619,12 +1645,7 @@ class StopAsked(Exception):  # noqa: N818
 
 def check_asked(asked: Sequence[int]) -> None:
     """Raise StopAsked in all processes where one has a signal in `asked`."""
-    number = asked[0] if asked else 0
-    if world() > 1:
-        numbers = torch.tensor(number)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        number = int(numbers)
-    if number:
+    if number := int(all_reduce(torch.tensor([*asked, 0][0]), dist.ReduceOp.MAX)):
         raise StopAsked(number)
 
 
@@ -1672,7 +1693,8 @@ def evaluate_only(
         with refusing("--evaluate"):
             load_file(args, model, file)
     row = evaluate(model, data.test, args.half)
-    say(f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2f} %")
+    top5 = f", top-5 {row['test_top5']:.2f} %" if "test_top5" in row else ""
+    say(f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2f} %{top5}")
     return row
 
 
@@ -1695,8 +1717,8 @@ def train_epoch(
     for key, total in progress.get("totals", {}).items():  # of all processes; "finite" of each
         own = total if rank() == 0 or key == "finite" else 0.0
         totals[key] = torch.as_tensor(own, device=args.device)
-    batches = until_asked(images.epoch(epoch, done), asked, args.print_freq)
-    name, seen = f"epoch {epoch + 1}", progress.get("images", 0)
+    batches = until_asked(images.epoch(epoch, done), asked, every=10)
+    name, seen = f"epoch {epoch + 1}", sum(sizes[:done])
     with progress_bar(batches, name, steps, initial=done, unit="batch") as bar:
         try:
             for batch, labels in bar:
@@ -1717,7 +1739,7 @@ def train_epoch(
                         bar.set_postfix(loss=f"{totals['loss'] / seen:.4f}", accuracy=accuracy)
         finally:
             seconds = time.perf_counter() - began
-            progress.update(batches=done, images=seen, totals=dict(totals), seconds=seconds)
+            progress.update(batches=done, totals=dict(totals), seconds=seconds)
     sums = {name: float(total) for name, total in sum_over_processes(totals).items()}
     del sums["finite"]
     row = {"train_loss": sums.pop("loss") / len(images)}

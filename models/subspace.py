@@ -37,9 +37,9 @@ class Gathering(torch.autograd.Function):
         ctx.columns = slice(dist.get_rank() * width, dist.get_rank() * width + len(part))
         padded = torch.zeros(width, dtype=part.dtype, device=part.device)
         padded[: len(part)] = part
-        whole = part.new_empty(width * dist.get_world_size())
-        dist.all_gather_into_tensor(whole, padded)
-        return whole[:n]
+        parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, padded)
+        return torch.cat(parts)[:n]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

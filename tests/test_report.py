@@ -266,6 +266,30 @@ def test_runs_with_other_settings_are_not_taken_for_seeds(runs, refused, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--basis", "random", "--params_end", "1"],
+        ["--start", "6", "--params_end", "4"],
+        ["--start", "mean"],
+        ["--shard-basis"],
+        ["--pretrained", "MODEL"],
+    ],
+)
+def test_every_legal_run_can_be_reported(options, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "GRID", 2)
+    shutil.copytree(runs / "one", tmp_path / "run", ignore=shutil.ignore_patterns("p*"))
+    options = [str(runs / "one" / "model.th") if word == "MODEL" else word for word in options]
+    train_psgd.main(
+        [*SUBSPACE, *options, "--n_components", "2", "--save-dir", str(tmp_path / "run")]
+    )
+    rows = report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    (row,) = (row for row in rows if row["method"].startswith("P-SGD"))
+    assert row["epochs"] == 2
+    sampled = 6 if "4" in options or "1" not in options else 0
+    assert row["in all"] == sampled + 2
+
+
 def test_a_directory_named_twice_counts_once(runs, tmp_path):
     options = ["--no-data", "--out", str(tmp_path / "out")]
     lines = report.main([str(runs / "one"), f"{runs / 'one'}/../one", *options])

@@ -48,6 +48,7 @@ COMMANDS = {
             "schmidt",
         ],
     ),
+    "random": (train_psgd, [*SUBSPACE, "--basis", "random", "--lr", "0.1", "--run", "random"]),
     "several": (train_pbfgs, [*SUBSPACE, "--accumulate", "2", "--run", "several"]),
 }
 
@@ -126,7 +127,7 @@ def test_several_processes_train_as_one_does(name, processes, runs):
     if name != ".":
         z = [saved["states"]["model"]["coordinates"] for saved in (one, several)]
         torch.testing.assert_close(z[1], z[0], rtol=1e-3, atol=1e-4)
-        assert z[0].norm() > 0.1
+        assert z[0].norm() > 0.01
     for row, other in zip(one["rows"], several["rows"], strict=True):
         for key in ("train_loss", "train_acc", "test_loss", "test_acc"):
             assert other[key] == pytest.approx(row[key], rel=1e-3, abs=1e-3)
@@ -172,7 +173,7 @@ def test_a_step_in_the_plane_sends_the_coordinates_and_little_else(runs):
 
 def test_with_batchnorm_the_statistics_are_shared(tmp_path):
     run(tmp_path / "run", 2, network=False)
-    for name in COMMANDS:
+    for name in COMMANDS.keys() - {"random"}:  # which does not learn
         rows = torch.load(tmp_path / "run" / name / "checkpoint.pt", weights_only=True)["rows"]
         assert rows[-1]["test_acc"] > 15
     args = utils.parse(train_sgd.options(), [*DIGITS, "--save-dir", str(tmp_path / "run")])
@@ -230,7 +231,7 @@ def test_a_killed_process_ends_the_job_or_restarts_it(restarts, tmp_path):
     output, _ = process.communicate(timeout=60)
     if not restarts:
         assert process.returncode == 1
-        assert "another process is gone" in output
+        assert "between processes" in output
         assert "SIGKILL" in output
         assert "processes" in output
         process = torchrun(*command, "--resume")
@@ -242,7 +243,8 @@ def test_a_killed_process_ends_the_job_or_restarts_it(restarts, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
-    command = ["train_sgd.py", *LONG, tmp_path / "run", "--epochs", "8", "--print-freq", "2"]
+    """Oracle: the weights and rows of an unbroken run, also of two processes."""
+    command = ["train_sgd.py", *LONG, tmp_path / "run", "--epochs", "8"]
     process = torchrun(*command)
     wait_for(tmp_path / "run" / "1.pt", process)
     process.terminate()
@@ -253,7 +255,19 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     process = torchrun(*command, "--resume")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 9))
-    for row in rows:
-        assert 0 <= json.loads(row)["train_acc"] <= 100
+    command[-3] = tmp_path / "whole"
+    process = torchrun(*command)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    whole, broken = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("whole", "run")
+    )
+    for row, other in zip(whole["rows"], broken["rows"], strict=True):
+        assert other["epoch"] == row["epoch"]
+        assert other["train_acc"] == pytest.approx(row["train_acc"], abs=0.3)
+        assert other["train_loss"] == pytest.approx(row["train_loss"], rel=1e-2)
+    model = models.build("resnet8", 10)
+    for name, _ in model.named_parameters():
+        pair = [saved["state_dict"][name] for saved in (broken, whole)]
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
