@@ -306,8 +306,9 @@ def results(lines: Sequence[Line], accuracies: Mapping[Path, list]) -> list[dict
 
 
 def by_experiment(rows: Iterable[dict]) -> dict[Experiment, list[dict]]:
-    """The lines of results.json, an experiment each."""
-    return grouped(rows, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
+    """The lines of results.json, an experiment each, the least noise first."""
+    of = grouped(rows, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
+    return dict(sorted(of.items()))
 
 
 def results_table(rows: Sequence[dict]) -> tuple[Sequence[str], list[list[str]]]:

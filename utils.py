@@ -1834,7 +1834,9 @@ def train_and_test(
     if run.basis:
         row["coordinates"] = model.coordinates.tolist()  # the path in the plane
     if getattr(args, "bn_update", False):
-        update_bn(until_asked(run.data.train.epoch(epoch), asked), model)
+        # Compiled, it would be compiled anew for every count of batches.
+        with torch.compiler.set_stance("force_eager"):
+            update_bn(until_asked(run.data.train.epoch(epoch), asked), model)
     row |= evaluate(model, run.data.test, args.half, asked)
     rows.append(row)
     run.progress.clear()

@@ -32,16 +32,21 @@ def measured(target: str) -> dict:
 
 def main_table() -> str:
     """Final test accuracy of each method in the experiments of SHOWN."""
-    columns, rows = ["", "k", "epochs in all"], {method: [] for method in METHODS}
+    columns, rows = ["", "k", "epochs in all"], {method: ["", ""] for method in METHODS}
     for target, (name, noises) in SHOWN.items():
-        lines = [line for line in measured(target)["lines"] if line["noise"] in noises]
-        columns += [f"{name}, c = {noise:g}" for noise in noises]
-        for method, row in rows.items():
-            own = [line for line in lines if line["method"] == method]
-            if method == "SGD to the last sample":  # that of the 31 samples, not of other runs'
-                own = [line for line in own if line["in all"] == 30]
-            row[:2] = str(own[0]["k"]), str(own[0]["in all"])
-            row += [report.spread(line["final"], 2) for line in own]
+        lines = measured(target)["lines"]
+        for noise in noises:
+            columns.append(f"{name}, c = {noise:g}")
+            for method, row in rows.items():
+                # "to the last sample" is that of the 31 samples, not of other runs'.
+                (line,) = (
+                    line
+                    for line in lines
+                    if (line["method"], line["noise"]) == (method, noise)
+                    and (method != "SGD to the last sample" or line["in all"] == 30)
+                )
+                row[:2] = str(line["k"]), str(line["in all"])
+                row.append(report.spread(line["final"], 2))
     return report.markdown(columns, [[METHODS[method], *row] for method, row in rows.items()])
 
 

@@ -77,15 +77,17 @@ def test_compile_compiles_what_is_trained_and_changes_nothing(
         module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    torch._dynamo.utils.counters.clear()
     for switch in ([], ["--compile"]):
         save_dir = shutil.copytree(sampled, tmp_path / f"run{len(switch)}")
-        options = DIGITS if script is train_sgd else SUBSPACE
+        options = DIGITS if script is train_sgd else [*SUBSPACE, "--bn-update"]
         run = [*options, "--epochs", "2", "--overwrite", "--save-dir", str(save_dir), *switch]
         script.main(run)
     assert compiled == ["ResNet" if script is train_sgd else "Subspace"]
     name = {train_sgd: "", train_psgd: "psgd", train_pbfgs: "pbfgs"}[script]
     one, other = (weights(tmp_path / f"run{number}" / name) for number in range(2))
     assert torch.equal(one, other)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_compile_needs_a_compiler_on_the_cpu(refused, monkeypatch):

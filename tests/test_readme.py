@@ -1,6 +1,8 @@
 """The README's own code block runs, and what it names is there."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import tables
@@ -43,6 +45,22 @@ def test_bytes_a_step_are_those_of_the_networks():
 
 
 def test_tables_are_those_of_the_measured_numbers():
-    """Oracle: results/tables.py, which fills them in from results/*.json."""
+    """Oracles: results/tables.py, which fills them in; and a column of them, from the JSON file."""
     for page in tables.PAGES:
         assert page.read_text() == tables.filled(page.read_text())
+    lines = json.loads((tables.HERE / "digits-full.json").read_text())["lines"]
+    header, _, *rows = re.search(r"<!-- table main -->\n(.*?)<!-- end -->", README, re.S)[1].split(
+        "\n"
+    )
+    names = {"SGD, to its end": "SGD"}
+    names["P-SGD in a random plane"] = "P-SGD, random basis, BatchNorm re-estimated"
+    for noise in (0, 0.4, 0.8):
+        column = [cell.strip() for cell in header.split("|")].index(f"digits, c = {noise:g}")
+        told = {row.split("|")[1].strip(): row.split("|")[column].strip() for row in rows if row}
+        for name, method in names.items():
+            final = next(
+                line["final"]
+                for line in lines
+                if (line["noise"], line["method"]) == (noise, method)
+            )
+            assert told[name].startswith(f"{statistics.mean(final):.2f} ± ")
