@@ -1297,7 +1297,8 @@ def check_same(
     """Refuse where an option that has to be the same differs from what `file` recorded."""
     for name in names:
         value = getattr(args, name, None)
-        if name in args and value is not None and name not in recorded:
+        needed = value is not None or name in EXPERIMENT  # earlier versions had fewer options
+        if name in args and needed and name not in recorded:
             raise ValueError(f"{file}: does not tell its {name}")
         if name in args and recorded.get(name) != value:
             option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
@@ -1731,12 +1732,13 @@ def train_epoch(
                 totals["correct"] += (output.argmax(1) == labels).sum()
                 totals["finite"] += loss.detach().isfinite()
                 done, seen = done + 1, seen + len(labels)
-                after_step(epoch * steps + done)
-                if done % args.print_freq == 0 or done == steps:
+                every = getattr(args, "sample_every", None) or steps
+                if 0 in (done % args.print_freq, (epoch * steps + done) % every, done - steps):
                     check_finite(run, totals, epoch, done)
                     if not bar.disable:
                         accuracy = f"{100 * totals['correct'] / seen:.2f} %"
                         bar.set_postfix(loss=f"{totals['loss'] / seen:.4f}", accuracy=accuracy)
+                after_step(epoch * steps + done)
         finally:
             seconds = time.perf_counter() - began
             progress.update(batches=done, totals=dict(totals), seconds=seconds)

@@ -226,7 +226,7 @@ def test_details_are_means_over_the_steps():
     def step(batch, labels, weight):
         return loss * len(labels), output[labels], {"trials": len(labels)}
 
-    row = utils.train_epoch(run, step, 0, [])
+    row = utils.train_epoch(run, step, lambda iteration: None, 0, [])
     assert row["trials"] == 4.5
     assert row["train_acc"] == 100
     assert row["train_loss"] == pytest.approx((0.5 * 4 * 4 + 0.5 * 5 * 5) / 9)

@@ -311,11 +311,11 @@ def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypa
         bad = len(epochs) == 3 and torch.initial_seed() - broken.seed in (0, 1)
         return (loss * float("nan") if bad else loss), output
 
-    def counted(run, step, epoch, asked):
+    def counted(run, step, after_step, epoch, asked):
         epochs.append(epoch)
         seeds = utils.random_stream(1, "network", epoch).integers(2**63, size=6)
         broken.seed = int(seeds[3])
-        return train_epoch(run, step, epoch, asked)
+        return train_epoch(run, step, after_step, epoch, asked)
 
     monkeypatch.setattr(utils, "cross_entropy", broken)
     monkeypatch.setattr(utils, "train_epoch", counted)
