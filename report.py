@@ -219,7 +219,7 @@ class Laboratory:
 
 def start_line(line: Line, laboratory: Laboratory) -> Line:
     """The network that training started from, which is of interest when it was trained before."""
-    weights = line.save_dir / f"{sample_numbers(line.save_dir)[0]}.pt"
+    weights = line.save_dir / f"{utils.sample_numbers(line.save_dir)[0]}.pt"
     row = {"epoch": 0, "seconds": 0.0, "test_acc": laboratory.test_accuracy(weights)}
     return line._replace(method="before", title="before", rows=[row], weights=weights)
 
@@ -236,7 +236,7 @@ def measured(
         with utils.refusing(str(save_dir), Exception):
             laboratory = Laboratory(own[0], data_dir, arch)
             laboratories.setdefault(own[0].experiment, laboratory)
-            if own[0].arguments["pretrained"] and sample_numbers(save_dir):
+            if own[0].arguments["pretrained"] and utils.sample_numbers(save_dir):
                 own.insert(0, start_line(own[0], laboratory))
             for line in own:
                 if line.weights.exists():  # samples take room, and may have been removed
@@ -376,9 +376,8 @@ def curves(lines: Sequence[Line]) -> bytes:
     return pictures.curves(ways)
 
 
-def variance(line: Line, runs: Sequence[Line]) -> bytes:
+def variance(samples: Sequence[Mapping[str, Tensor]], runs: Sequence[Line]) -> bytes:
     """How the variance of the samples is shared out among their principal components."""
-    samples = trajectory(line, runs)
     variances, _ = utils.principal_axes(samples, utils.parameter_names(samples[0]))
     ratios = (variances / variances.sum())[:-1].clamp(min=1e-12).numpy()
     used = {run.k for run in plain(runs) if run.arguments["basis"] == "pca"}
@@ -387,7 +386,7 @@ def variance(line: Line, runs: Sequence[Line]) -> bytes:
 
 def trajectory(line: Line, runs: Sequence[Line]) -> list[Mapping[str, Tensor]]:
     """The samples that span the subspace of the save dir's runs, else all; [] where not there."""
-    numbers = sample_numbers(line.save_dir)
+    numbers = utils.sample_numbers(line.save_dir)
     if not numbers:
         return []
     first, end, stride = numbers[0], numbers[-1] + 1, 1
@@ -400,16 +399,12 @@ def trajectory(line: Line, runs: Sequence[Line]) -> list[Mapping[str, Tensor]]:
         return []
 
 
-def sample_numbers(save_dir: Path) -> list[int]:
-    """The numbers of the samples that are there."""
-    return sorted(int(file.stem) for file in save_dir.glob("*.pt") if file.stem.isdecimal())
-
-
 @torch.no_grad()
-def landscape(laboratory: Laboratory, runs: Sequence[Line]) -> bytes:
+def landscape(
+    laboratory: Laboratory, samples: Sequence[Mapping[str, Tensor]], runs: Sequence[Line]
+) -> bytes:
     """The loss over the plane of the first two principal components, and the paths in it."""
     line, model = laboratory.line, laboratory.model
-    samples = trajectory(line, runs)
     names = [name for name, _ in model.named_parameters()]
     basis, ratio = utils.pca(samples, 2, names=names, device=laboratory.args.device)
     utils.load_into(model, utils.mean_of(samples))
@@ -422,7 +417,7 @@ def landscape(laboratory: Laboratory, runs: Sequence[Line]) -> bytes:
     def sample(number: int) -> np.ndarray:
         return place(utils.state_dict_in(line.save_dir / f"{number}.pt"))
 
-    numbers = sample_numbers(line.save_dir)
+    numbers = utils.sample_numbers(line.save_dir)
     paths = {"SGD": np.array([sample(number) for number in numbers])}
     for run in plain(runs):
         arguments = run.arguments
@@ -497,15 +492,17 @@ def drawings(
         runs = [line for line in same if line.save_dir == same[0].save_dir]
         runs = [line for line in runs if "basis" in line.arguments]
         seed = f" (seed {same[0].arguments['randomseed']})" if several else ""
-        if len(trajectory(same[0], runs)) > 2:
+        samples = trajectory(same[0], runs)
+        if len(samples) > 2:
             caption = f"Principal components of the samples{seed}."
-            yield experiment, "variance", caption, variance(same[0], runs)
+            yield experiment, "variance", caption, variance(samples, runs)
             if experiment in laboratories:
                 caption = (
                     f"The training loss of {GRID_IMAGES} images around the trajectory{seed}, and "
                     "the paths of SGD and of the runs in its plane, projected."
                 )
-                yield experiment, "landscape", caption, landscape(laboratories[experiment], runs)
+                drawn = landscape(laboratories[experiment], samples, runs)
+                yield experiment, "landscape", caption, drawn
         bfgs = [line for line in plain(same) if "trials" in line.rows[-1]]
         if bfgs:
             yield (

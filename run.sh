@@ -60,6 +60,7 @@ run() {
 
 # Set $save_dir, with $1 at its end, and the options that all scripts take there.
 settle() {
+    model=${model:-resnet20}
     save_dir=save_labelnoise${c}_$model${small:+_$small}
     if [ "$datasets" != CIFAR10 ]; then save_dir+=_$datasets; fi
     if [ "$seed" != 1 ]; then save_dir+=_seed$seed; fi
@@ -109,7 +110,7 @@ if [ -z "$target" ]; then
     echo "run.sh: CUDA is $([ "$cuda" = True ] && echo here || echo not here), so this runs $target; $usage"
 fi
 
-model_given=${model-} model=${model:-resnet20} options=${options-} small= save_dirs=()
+options=${options-} small= save_dirs=()
 case $target in
 digits)
     prepare requirements.txt
@@ -144,7 +145,7 @@ cifar)
     ;;
 imagenet) # data_dir is the directory with train/ and val/
     prepare requirements.txt
-    datasets=ImageNet model=${model_given:-resnet18} c=${c:-0} seed=${seed:-1} average=
+    datasets=ImageNet model=${model:-resnet18} c=${c:-0} seed=${seed:-1} average=
     sgd=(--lr 0.1 --epochs=90 --batch-size 256 --sample-every 1000)
     subspace=(--params_start 0 --params_end 241 --params_stride 2 --n_components 120 --batch-size 256)
     pbfgs=(--epochs 4 "${subspace[@]}")
@@ -154,7 +155,7 @@ imagenet) # data_dir is the directory with train/ and val/
     ;;
 finetune-imagenet) # torchvision's weights trained further: samples of the first 5, 10, 15 epochs
     prepare requirements.txt
-    datasets=ImageNet model=${model_given:-resnet18} c=${c:-0} seed=${seed:-1}
+    datasets=ImageNet model=${model:-resnet18} c=${c:-0} seed=${seed:-1}
     settle _finetune
     run train_sgd.py "${common[@]}" --pretrained --lr 0.005 --epochs=15 --batch-size 256 --sample-every 500
     for epochs in 5 10 15; do # of about 10 samples each: 1,281,167 images are 5,005 batches

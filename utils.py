@@ -770,15 +770,22 @@ def load_samples(
     """
     save_dir = Path(save_dir)
     numbers = range(start, end, stride)
-    there = {int(f.stem) for f in save_dir.glob("*.pt") if f.stem.isdecimal() and f.is_file()}
+    listed = sample_numbers(save_dir)
+    there = set(listed)
     missing = list(islice((number for number in numbers if number not in there), 4))
     if missing:
         last = next(number for number in reversed(numbers) if number not in there)
         missing = [*missing[:3], last] if len(missing) > 3 else missing
-        have = f"there are {shorten(sorted(there))}" if there else "there are none"
+        have = f"there are {shorten(listed)}" if there else "there are none"
         raise FileNotFoundError(f"{save_dir} lacks the samples {shorten(missing)}; {have}")
     samples = [Sample(save_dir / f"{number}.pt") for number in numbers]
     return [s if s.has_places() else state_dict_in(s.file) for s in samples]
+
+
+def sample_numbers(save_dir: Path) -> list[int]:
+    """The numbers of the samples that are there, the smallest first."""
+    files = (file for file in save_dir.glob("*.pt") if file.stem.isdecimal() and file.is_file())
+    return sorted(int(file.stem) for file in files)
 
 
 def shorten(numbers: Sequence[int]) -> str:
@@ -1719,6 +1726,7 @@ def train_epoch(
         own = total if rank() == 0 or key == "finite" else 0.0
         totals[key] = torch.as_tensor(own, device=args.device)
     batches = until_asked(images.epoch(epoch, done), asked, every=10)
+    every = getattr(args, "sample_every", None) or steps
     name, seen = f"epoch {epoch + 1}", sum(sizes[:done])
     with progress_bar(batches, name, steps, initial=done, unit="batch") as bar:
         try:
@@ -1732,8 +1740,8 @@ def train_epoch(
                 totals["correct"] += (output.argmax(1) == labels).sum()
                 totals["finite"] += loss.detach().isfinite()
                 done, seen = done + 1, seen + len(labels)
-                every = getattr(args, "sample_every", None) or steps
-                if 0 in (done % args.print_freq, (epoch * steps + done) % every, done - steps):
+                sampled = (epoch * steps + done) % every == 0
+                if sampled or done == steps or done % args.print_freq == 0:
                     check_finite(run, totals, epoch, done)
                     if not bar.disable:
                         accuracy = f"{100 * totals['correct'] / seen:.2f} %"

@@ -172,8 +172,8 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
     monkeypatch.setattr(report, "GRID", 2)
     lines = report.lines_of(runs / "one")
     laboratory = report.Laboratory(lines[0], None, None)
-    report.landscape(laboratory, [line for line in lines if "basis" in line.arguments])
     samples = utils.load_samples(runs / "one", 0, 7)
+    report.landscape(laboratory, samples, [line for line in lines if "basis" in line.arguments])
     names = [name for name, _ in laboratory.model.named_parameters()]
     basis = utils.pca(samples, 2, names=names)[0].double()
 
