@@ -200,7 +200,7 @@ class Laboratory:
         if ":" in self.args.arch and self.args.arch != arch:
             # What a file names is not to be imported because it stands there.
             raise ValueError(f"its network is {self.args.arch}; allow it: --arch {self.args.arch}")
-        self.model = models.build(self.args.arch, classes).to(device).eval()
+        self.model = models.build(self.args.arch, classes, self.args.image_size).to(device).eval()
 
     @torch.no_grad()
     def training_accuracy(self, weights: Path) -> list[float | None]:

@@ -143,7 +143,7 @@ def make_step(
 def options() -> utils.Parser:
     """The command line."""
     about = __doc__.splitlines()[0]
-    parser = utils.parser(about, models.ARCHITECTURES, "resnet32", epochs=100, weight_decay=0.0)
+    parser = utils.parser(about, models, "resnet32", epochs=100, weight_decay=0.0)
     utils.add_subspace_options(parser)
     # fmt: off
     parser.add("--alpha", type=utils.amount, metavar="A", default=0.0,

@@ -15,7 +15,7 @@ import utils
 def options() -> utils.Parser:
     """The command line."""
     about = __doc__.splitlines()[0]
-    parser = utils.parser(about, models.ARCHITECTURES, "resnet32", epochs=100, weight_decay=0.0)
+    parser = utils.parser(about, models, "resnet32", epochs=100, weight_decay=0.0)
     utils.add_schedule_options(parser, 1.0, "step size", [30, 50], "30 50")
     utils.add_subspace_options(parser)
     return parser

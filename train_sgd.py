@@ -26,7 +26,7 @@ USUAL_MILESTONES = [100, 150]
 def options() -> utils.Parser:
     """The command line."""
     about = __doc__.splitlines()[0]
-    parser = utils.parser(about, models.ARCHITECTURES, "resnet20", epochs=200, weight_decay=1e-4)
+    parser = utils.parser(about, models, "resnet20", epochs=200, weight_decay=1e-4)
     rates = "step size (default: 0.1, with adam 0.001)"
     usual = "100 150, on CIFAR100 150, on ImageNet every 30"
     utils.add_schedule_options(parser, None, rates, None, usual)

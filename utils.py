@@ -25,6 +25,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -165,23 +166,33 @@ def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def network(names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of `names`, or package.module:callable."""
-    own = re.compile(r"[\w.]+:\w+")
-    return lambda text: text if own.fullmatch(text) else one_of("network", names)(text)
+def network(networks: ModuleType) -> Callable[[str], str]:
+    """An argparse type: a name of `networks`, package.module:callable, or `list`: prints them."""
+
+    def parse(text: str) -> str:
+        if text == "list":
+            print(networks.listing())
+            raise SystemExit(0)
+        own = re.fullmatch(r"[\w.]+:\w+", text)
+        return text if own else one_of("network", networks.ARCHITECTURES)(text)
+
+    return parse
 
 
 # One option a row reads as the table it is.
 # fmt: off
 def parser(
-    description: str, architectures: Sequence[str], arch: str, epochs: int, weight_decay: float
+    description: str, networks: ModuleType, arch: str, epochs: int, weight_decay: float
 ) -> Parser:
-    """The options that the three scripts have in common, with a script's own defaults."""
+    """The options that the three scripts have in common, with a script's own defaults.
+
+    `networks` is the module models: its ARCHITECTURES are allowed, its listing() prints them.
+    """
     options = Parser(description=description, allow_abbrev=False)
     add = options.add
-    add("-a", "--arch", type=network(architectures), metavar="NAME", default=arch,
-        help="a CIFAR ResNet (resnet8, 20, 32, 44, 56, 110, 1202), a torchvision classifier, or "
-        "package.module:callable, which is called with num_classes")
+    add("-a", "--arch", type=network(networks), metavar="NAME", default=arch,
+        help="a network (`--arch list` prints them all), or package.module:callable, which is "
+        "called with num_classes")
     add("--datasets", type=one_of("dataset", list(DATASETS)), metavar="NAME", default="CIFAR10",
         help=", ".join(DATASETS))
     add("--data-dir", type=place, metavar="DIR", default=Path("../data"),
@@ -367,6 +378,8 @@ def parallel(module: nn.Module) -> nn.Module:
     """The module with gradients that are means over all processes, as its only traffic."""
     if world() == 1:
         return module
+    # Gradients of 1 × 1 convolutions on channels_last images: copied once more, which is little.
+    warnings.filterwarnings("ignore", "Grad strides do not match")
     with warnings.catch_warnings(action="ignore"):  # the option's new name is not in torch 2.6
         # Buffers are not sent out at every step: `synchronise` does that before they are used.
         return DistributedDataParallel(module, broadcast_buffers=False)
@@ -1254,6 +1267,8 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
     """
     if arch not in torchvision.models.list_models():
         raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
+    if getattr(model, "variant", "") == "for small images":
+        raise ValueError(f"torchvision's weights are for {arch} as it is there; name a file: PATH")
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     try:
         own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
@@ -1266,12 +1281,12 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
 
 
 def make_model(
-    args: argparse.Namespace, build: Callable[[str, int], nn.Module], data: Data
+    args: argparse.Namespace, build: Callable[[str, int, int], nn.Module], data: Data
 ) -> nn.Module:
     """The network of --arch on the device, initialised with the seed or from --pretrained."""
     torch.manual_seed(args.randomseed)
     with refusing("--arch", (ValueError, TypeError)):
-        model = build(args.arch, data.num_classes)
+        model = build(args.arch, data.num_classes, args.image_size)
         if not isinstance(model, nn.Module):
             raise ValueError(f"{args.arch}: gives a {type(model).__name__}, not a torch.nn.Module")
     try:
@@ -1621,8 +1636,9 @@ def start_run(
     if args.compile:
         state["model"].compile()
     several = f", {world()} processes" if world() > 1 else ""
+    variant = f" ({model.variant})" if hasattr(model, "variant") else ""
     say(
-        f"{directory}: {args.arch}, {config['n']:,} parameters; {args.datasets}, "
+        f"{directory}: {args.arch}{variant}, {config['n']:,} parameters; {args.datasets}, "
         f"{len(data.train):,} training images ({data.corrupted:,} labels drawn anew), "
         f"{len(data.test):,} test images; {args.device}, {config['threads']} threads{several}"
     )
@@ -1691,7 +1707,7 @@ def evaluate(
 
 
 def evaluate_only(
-    args: argparse.Namespace, build: Callable[[str, int], nn.Module], directory: Path
+    args: argparse.Namespace, build: Callable[[str, int, int], nn.Module], directory: Path
 ) -> dict:
     """What --evaluate does: test the weights of --pretrained or --resume, or the run's own."""
     file = args.resume if isinstance(args.resume, Path) else directory / "model.th"

@@ -1,9 +1,10 @@
-"""Fill the tables into README.md and results/README.md, from what was measured: results/*.json.
+"""Fill the tables into the README.md files, from what was measured: results/*.json.
 
     PYTHONPATH=. python results/tables.py
 
 A JSON file is the results.json that report.py left of the run.sh target that the file is named
-after. A table stands between <!-- table NAME --> and <!-- end -->; NAME is main, or a target.
+after; networks.json is what networks.py left. A table stands between <!-- table NAME --> and
+<!-- end -->; NAME is main, networks, or a target.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import report
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "models" / "README.md")
 METHODS = {
     "SGD": "SGD, to its end",
     "SGD to the last sample": "SGD, at the last sample",
@@ -61,11 +62,27 @@ def target_tables(target: str) -> str:
     return text + "\n"
 
 
+def networks_table() -> str:
+    """Size of each network, and seconds of an epoch of 256 images by each method."""
+    lines = json.loads((HERE / "networks.json").read_text())
+    rows = [
+        [line["arch"], f"{line['n']:,}", *(f"{value:.1f}" for value in line["seconds"].values())]
+        for line in lines
+    ]
+    facts = {
+        name: list(dict.fromkeys(value for line in lines for value in line["machine"][name]))
+        for name in lines[0]["machine"]
+    }
+    columns = ["--arch", "n at 10 classes", *(f"{method}, s" for method in lines[0]["seconds"])]
+    return f"\n{report.machine_text(facts)}\n\n{report.markdown(columns, rows)}\n"
+
+
 def filled(page: str) -> str:
     """The page with its tables as they should be."""
 
     def fill(found: re.Match) -> str:
-        table = main_table() if found[2] == "main" else target_tables(found[2])
+        own = {"main": main_table, "networks": networks_table}
+        table = own[found[2]]() if found[2] in own else target_tables(found[2])
         return found[1] + table + found[3]
 
     marks = r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)"

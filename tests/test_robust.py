@@ -146,7 +146,7 @@ def test_handlers_are_given_back(tmp_path):
 def test_dropout_of_a_step_is_a_function_of_its_number(tmp_path, monkeypatch, capsys):
     """An epoch stopped halfway draws on as if it had not been."""
 
-    def build(arch, num_classes):
+    def build(arch, num_classes, image_size):
         parts = [torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, num_classes)]
         return torch.nn.Sequential(*parts)
 

@@ -53,15 +53,15 @@ COMMANDS = {
 }
 
 
-def plain_network(arch: str, classes: int) -> nn.Module:
+def plain_network(arch: str, classes: int, image_size: int) -> nn.Module:
     """A network without BatchNorm: its gradient of a batch is the mean of those of the parts."""
     layers = [nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, classes)]
     return nn.Sequential(*layers)
 
 
-def counting(sent: list) -> None:
-    """Note in `sent` the bytes of what goes through the collectives."""
-    all_reduce, parallel = dist.all_reduce, utils.parallel
+def counting(sent: list, kept: list) -> None:
+    """Note the bytes of what goes through the collectives, and of the basis that is kept."""
+    all_reduce, parallel, subspace = dist.all_reduce, utils.parallel, models.Subspace
 
     def counted_all_reduce(tensor, *rest, **options):
         sent.append(tensor.nbytes)
@@ -73,7 +73,13 @@ def counting(sent: list) -> None:
             wrapped.register_comm_hook(None, allreduce_hook)  # it calls dist.all_reduce
         return wrapped
 
+    def counted_subspace(model, basis, shard):
+        made = subspace(model, basis, shard)
+        kept.append(made.basis.untyped_storage().nbytes())
+        return made
+
     dist.all_reduce, utils.parallel = counted_all_reduce, counted_parallel
+    models.Subspace = counted_subspace
 
 
 def work(number: int, processes: int, port: int, directory: str, network: bool) -> None:
@@ -87,12 +93,14 @@ def work(number: int, processes: int, port: int, directory: str, network: bool) 
     if network:
         models.build = plain_network
     sent: list = []
-    counting(sent)
+    kept: list = []
+    counting(sent, kept)
     bytes_of = {}
     for name, (script, options) in COMMANDS.items():
         sent.clear()
         script.main([*DIGITS, *options, "--save-dir", directory])
         bytes_of[name] = list(sent)
+        bytes_of[f"basis of {name}"] = kept[-1:]
     if number == 0:
         torch.save(bytes_of, f"{directory}/bytes.pth")
 
@@ -149,16 +157,20 @@ def test_several_processes_find_the_same_basis(runs):
 
 def test_a_basis_in_parts_sends_the_parameters(runs):
     sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
-    n = sum(parameter.numel() for parameter in plain_network("", 10).parameters())
+    n = sum(parameter.numel() for parameter in plain_network("", 10, 8).parameters())
     # In each of 16 steps for the loss and for the penalty, back; θ(z) itself goes by all_gather.
     assert sent["sharded"].count(4 * n) == 2 * 16
     assert sent["sharded"].count(4 * 3) == 16 + 2, "two more for the signs of the components"
+    for processes in (1, 2, 4):
+        kept = torch.load(runs[processes] / "bytes.pth", weights_only=True)
+        assert kept["basis of psgd"] == [4 * 3 * n]
+        assert kept["basis of sharded"] == [4 * 3 * -(-n // processes)]
 
 
 def test_a_step_in_the_plane_sends_the_coordinates_and_little_else(runs):
     """1,437 images in batches of 200: 8 steps an epoch, 2 epochs; k = 3, n = 3,114."""
     sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
-    n = sum(parameter.numel() for parameter in plain_network("", 10).parameters())
+    n = sum(parameter.numel() for parameter in plain_network("", 10, 8).parameters())
     assert sent["."].count(4 * n) == 3 * 6, "256 images a batch, the last one is 157"
     assert sent["psgd"].count(4 * 3) == 2 * 8 + 2, "two more for the signs of the components"
     assert max(sent["psgd"]) < 200, "the rest: the 4 × 4 Gram matrix, sums of an epoch, signals"
@@ -185,7 +197,7 @@ def test_with_batchnorm_the_statistics_are_shared(tmp_path):
 def torchrun(*arguments, restarts: int = 0) -> subprocess.Popen:
     """A real torchrun of two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "--max-restarts", str(restarts), *arguments]
+    command += ["--nproc_per_node", "2", "--max-restarts", str(restarts), "--", *arguments]
     command = [str(part) for part in command]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, **pipe, env=os.environ | {"OMP_NUM_THREADS": "1"})
