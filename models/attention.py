@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
+from models.small import initialise
+
 
 def activated_conv(
     channels_in: int, channels: int, size: int = 1, stride: int = 1
@@ -92,9 +94,7 @@ class ResidualAttentionNetwork(nn.Module):
         layers += [ResidualUnit(1024, 2048, stride=2), units(2048, 2)]
         self.features = nn.Sequential(*layers, nn.BatchNorm2d(2048), nn.ReLU())
         self.linear = nn.Linear(2048, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
         for module in self.modules():
             if isinstance(module, ResidualUnit):  # no ReLU follows, so no gain to make up for one
                 nn.init.kaiming_normal_(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
+from models.small import initialise
+
 # Channels and stride of each depthwise separable convolution. The last stride is 2 in the paper's
 # table, where the sizes of the images say that 1 is meant.
 LAYERS = (
@@ -32,9 +34,7 @@ class MobileNet(nn.Module):
             channels_in = channels_out
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(channels_in, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.features(x).mean(dim=(2, 3)))

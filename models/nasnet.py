@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
+from models.small import initialise
+
 # The paper's figure 4. Each row adds two branches, an operation on a state each: state 0 is the
 # cell's input, 1 what came before it, and row i makes state i + 2. A normal cell returns states 1
 # to 6 side by side. A reduction cell returns 3 to 6; its operations on states 0 and 1 halve them.
@@ -123,9 +125,7 @@ class NASNet(nn.Module):
             self.cells.append(cell)
             channels_in, channels_before, halved = cell.channels_out, channels_in, reduces
         self.linear = nn.Linear(channels_in, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = before = self.stem(x)

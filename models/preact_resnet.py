@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.resnet import conv1x1, conv3x3
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import LAYERS
+from models.small import LAYERS, initialise
 
 
 class Block(nn.Module):
@@ -98,9 +98,7 @@ class PreActResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn(self.blocks(self.stem(x))))

@@ -27,10 +27,17 @@ LAYERS = {
 INCEPTION = {"aux_logits": False, "init_weights": True}
 
 
+def initialise(network: nn.Module) -> None:
+    """He initialisation of all convolutions, as in torchvision's residual networks."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 def convolution(channels_in: int, channels: int) -> nn.Conv2d:
-    """3 × 3, at every pixel, initialised as torchvision does it in its residual networks."""
+    """3 × 3, at every pixel."""
     layer = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    initialise(layer)
     return layer
 
 

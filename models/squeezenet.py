@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
+from models.small import initialise
+
 
 class Fire(nn.Module):
     """Squeezes to an eighth of `channels`, expands with 1 × 1 and 3 × 3 filters, half of each."""
@@ -45,9 +47,7 @@ class SqueezeNet(nn.Module):
             nn.MaxPool2d(2),
             Fire(512, 512),
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
         # Initialised as a linear layer is, which after the average it is.
         self.classifier = nn.Conv2d(512, num_classes, 1)
 

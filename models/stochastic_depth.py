@@ -19,13 +19,16 @@ def stochastic_depth_resnet(
 
     A branch survives with a probability that falls linearly from 1 at the input to `last_survival`
     at the last block. torchvision's layer divides by it in training, where the paper multiplies
-    in testing: the same in expectation. A skipped branch is computed and multiplied by zero, which
-    keeps the network free of control flow; its parameters have gradients of zero.
+    in testing: the same in expectation, and the same function at the start, as the last BatchNorm
+    of a branch starts with this probability as its scale. A skipped branch is computed and
+    multiplied by zero, which needs no control flow; its parameters have gradients of zero.
     """
     block, last = (BasicBlock, "bn2") if depth < 50 else (Bottleneck, "bn3")
     network = small_resnet(block, LAYERS[depth], num_classes)
     blocks = [module for module in network.modules() if isinstance(module, block)]
     for number, module in enumerate(blocks, start=1):
-        skip = StochasticDepth((1 - last_survival) * number / len(blocks), mode="batch")
-        setattr(module, last, nn.Sequential(getattr(module, last), skip))
+        death = (1 - last_survival) * number / len(blocks)
+        bn = getattr(module, last)
+        nn.init.constant_(bn.weight, 1 - death)
+        setattr(module, last, nn.Sequential(bn, StochasticDepth(death, mode="batch")))
     return network
