@@ -23,7 +23,7 @@ METHODS = {
     "P-SGD, BatchNorm re-estimated": "P-SGD in the plane of the samples",
     "P-SGD, random basis, BatchNorm re-estimated": "P-SGD in a random plane",
 }
-SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8)), "cifar-small": ("CIFAR-10", (0.0,))}
+SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8)), "cifar-small": ("CIFAR-10", (0.0, 0.4))}
 
 
 def measured(target: str) -> dict:
