@@ -21,9 +21,9 @@ FILE = Path(__file__).parent / "networks.json"
 IMAGES = {"train": 256, "test": 64}
 
 
-def few_images(source: Path, target: Path) -> None:
+def few_images(source: Path, target: Path, images: dict[str, int]) -> None:
     """Links to so many images of each part, evenly from its classes."""
-    for part, count in IMAGES.items():
+    for part, count in images.items():
         files = sorted(source.glob(f"{part}/*/*"))
         for file in files[:: len(files) // count][:count]:
             place = target / part / file.parent.name
@@ -56,7 +56,7 @@ def main(directory: Path) -> None:
     done = json.loads(FILE.read_text()) if FILE.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "images")
-        few_images(directory, data)
+        few_images(directory, data, IMAGES)
         for arch in models.SMALL:
             if arch in [line["arch"] for line in done]:
                 continue
