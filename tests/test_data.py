@@ -15,13 +15,14 @@ from scipy import stats
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
+import models
 import utils
 from utils import DATASETS, Images, Split, corrupt_labels, crop
 
 
 def arguments(**options):
     """Parsed options with the scripts' defaults."""
-    parser = utils.parser("", ["resnet8"], "resnet8", 1, 0.0)
+    parser = utils.parser("", models, "resnet8", 1, 0.0)
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
