@@ -104,17 +104,14 @@ def imported(arch: str) -> Callable[..., nn.Module]:
 
 def listing() -> str:
     """All names and parameter counts, a table to be read in a terminal."""
-    lines = [f"{'for images of 32 pixels':<24}{'parameters at 10':>18} and 100 classes"]
+    lines = [f"{'for images of 32 pixels':<24}parameters at 10 classes"]
     with torch.device("meta"):
         for name in SMALL:
-            sizes = [
-                sum(parameter.numel() for parameter in build(name, classes).parameters())
-                for classes in (10, 100)
-            ]
-            lines.append(f"{name:<24}{sizes[0]:>18,} {sizes[1]:>15,}")
-    lines.append(f"\n{'torchvision, by name':<24}{'at 1000 classes':>34}")
+            size = sum(parameter.numel() for parameter in build(name, 10).parameters())
+            lines.append(f"{name:<24}{size:>15,}")
+    lines.append(f"\n{'torchvision, by name':<24}parameters at 1000 classes")
     for name in LARGE:
         note = f"  above {SMALL_PIXELS} pixels" if name in SMALL else ""
         size = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
-        lines.append(f"{name:<24}{size:>34,}{note}")
+        lines.append(f"{name:<24}{size:>15,}{note}")
     return "\n".join(lines)

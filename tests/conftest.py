@@ -15,7 +15,7 @@ DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often to kill the chain of runs")
+    parser.addoption("--kills", type=int, default=1, help="how often to kill the chain of runs")
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ COMMANDS = {
 @pytest.fixture
 def photographs(tmp_path, monkeypatch):
     """The options for a folder of two classes: 20 pieces to train of each photograph, 6 to test."""
-    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "photographed.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     generator = torch.Generator().manual_seed(0)
@@ -45,27 +45,26 @@ def photographs(tmp_path, monkeypatch):
             for number in range(count):
                 x, y = (int(torch.randint(most, (), generator=generator)) for most in (340, 170))
                 image.crop((x, y, x + 300, y + 250)).save(folder / f"{number}.jpg")
-    return ["--datasets", "ImageNet", "--data-dir", str(tmp_path), "--arch", "mine:patches",
+    return ["--datasets", "ImageNet", "--data-dir", str(tmp_path), "--arch", "photographed:patches",
             "--batch-size", "10", "--workers", "1"]  # fmt: skip
 
 
 def test_the_chain(photographs, tmp_path):
     """40 images in batches of 10: 4 steps an epoch, of which every second is sampled."""
-    for directory in ("one", "two"):
-        for script, options in COMMANDS.values():
-            argv = [*photographs, *options, "--save-dir", str(tmp_path / directory)]
-            if directory == "one":
-                script.main(argv)
-                continue
-            process = torchrun(f"{script.__name__}.py", *argv)
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
+    for script, options in COMMANDS.values():
+        script.main([*photographs, *options, "--save-dir", str(tmp_path / "one")])
+        if script is train_psgd:
+            continue  # what is its own is in test_scale.py
+        argv = [*photographs, *options, "--save-dir", str(tmp_path / "two")]
+        process = torchrun(f"{script.__name__}.py", *argv)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["sample_epochs"] == [i / 2 for i in range(9)]
     assert len(list((tmp_path / "one").glob("[0-9]*.pt"))) == 9
     config = json.loads((tmp_path / "two" / "pbfgs" / "config.json").read_text())
     assert (config["samples"], config["processes"]) == ([0, 2, 4, 6, 8], 2)
-    for name in COMMANDS:
+    for name in (".", "pbfgs"):
         one, two = (
             torch.load(tmp_path / directory / name / "checkpoint.pt", weights_only=True)
             for directory in ("one", "two")

@@ -153,7 +153,7 @@ def test_the_list_of_networks(capsys):
         train_sgd.main(["--arch", "list"])
     assert end.value.code == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["resnet18", "11,173,962", "11,220,132"] in lines
+    assert ["resnet18", "11,173,962"] in lines
     assert ["vit_b_16", "86,567,656"] in lines
     assert {line[0] for line in lines if line} >= set(models.ARCHITECTURES)
 

@@ -291,18 +291,21 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
 
 
-def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys):
+def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refused):
     """The download is replaced by what torchvision would deliver; the classifier stays our own."""
     torch.manual_seed(9)
-    delivered = models.build("resnet18", 1000).state_dict()
-    weights = type(models.torchvision.models.ResNet18_Weights.DEFAULT)
+    delivered = models.build("shufflenet_v2_x0_5", 1000).state_dict()
+    weights = type(models.torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT)
     monkeypatch.setattr(weights, "get_state_dict", lambda *args, **kwargs: delivered)
-    options = ["--datasets", "digits", "--arch", "resnet18", "--smalldatasets", "0.02"]
-    train_sgd.main([*options, "--epochs", "1", "--save-dir", str(tmp_path), "--pretrained"])
+    options = ["--datasets", "digits", "--smalldatasets", "0.02", "--epochs", "1", "--pretrained"]
+    options += ["--save-dir", str(tmp_path), "--arch"]
+    train_sgd.main([*options, "shufflenet_v2_x0_5"])
     first = utils.state_dict_in(tmp_path / "0.pt")
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
     assert "left as initialised: fc.bias, fc.weight" in capsys.readouterr().out
+    line = refused(train_sgd.main, [*options, "resnet18"])
+    assert "--pretrained: torchvision's weights are for resnet18 as it is there; name" in line
 
 
 def test_half_computes_in_bfloat16_and_keeps_float32(batch):
