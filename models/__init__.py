@@ -81,15 +81,17 @@ def build(arch: str, num_classes: int, image_size: int = 32, **kwargs) -> nn.Mod
         raise ValueError(
             f"no network is called {arch!r}; models.ARCHITECTURES lists those there are"
         )
-    if arch in SMALL and (image_size <= SMALL_PIXELS or arch not in LARGE):
+    both = arch in SMALL and arch in LARGE
+    torchvisions = image_size > SMALL_PIXELS if both else arch in LARGE
+    if not torchvisions:
         network = SMALL[arch](num_classes=num_classes, **kwargs)
     else:
         kwargs = SETTINGS.get(arch, {}) | kwargs
         network = torchvision.models.get_model(
             arch, weights=None, num_classes=num_classes, **kwargs
         )
-    if arch in SMALL and arch in LARGE:
-        network.variant = "for small images" if image_size <= SMALL_PIXELS else "torchvision's"
+    if both:
+        network.variant = "torchvision's" if torchvisions else "for small images"
     return network
 
 

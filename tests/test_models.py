@@ -162,7 +162,8 @@ def test_the_list_of_networks(capsys):
 def test_a_search_sees_one_draw(arch):
     """All trials of a step skip the same blocks; so do its gradient, and not the next step."""
     torch.manual_seed(0)
-    subspace = models.Subspace(models.build(arch, 10), torch.eye(1, size(models.build(arch, 10))))
+    model = models.build(arch, 10)
+    subspace = models.Subspace(model, torch.eye(1, size(model)))
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     found = []
 
