@@ -58,7 +58,14 @@ def commands(output: str) -> list[list[str]]:
     return [[line[0], *sorted(" ".join(line[1:]).replace("=", " ").split(" --"))] for line in lines]
 
 
-def test_cifar_is_the_published_experiment(project, tiny):
+def check_baselines(psgd: list[str], baselines: list[list[str]], averaged: str) -> None:
+    """The random plane is trained as the samples' is, and the mean is that of `averaged`."""
+    random, mean = baselines
+    assert sorted([*psgd, "basis random"]) == sorted(random)
+    assert f"average {averaged}" in mean
+
+
+def test_cifar_is_the_published_experiment_with_baselines(project, tiny):
     done = run(project, "cifar", c=0.2, PYTHONPATH=tiny)
     assert done.returncode == 0, done.stderr
     ours = "--randomseed 1 --resume --save-dir save_labelnoise0.2_resnet20"
@@ -75,7 +82,9 @@ def test_cifar_is_the_published_experiment(project, tiny):
             [first, *sorted(part.removeprefix("--") for part in rest)] for first, *rest in lines
         ]
 
-    assert normal(commands(done.stdout)) == normal(commands(published))
+    lines = commands(done.stdout)
+    assert normal(lines[:3]) == normal(commands(published))
+    check_baselines(lines[2], lines[3:], "41 81")
     assert done.stdout.endswith("report of save_labelnoise0.2_resnet20\n")
     log = (project / "save_labelnoise0.2_resnet20" / "log.txt").read_text()
     assert log == done.stdout
@@ -101,9 +110,7 @@ def test_digits_runs_clean_and_noisy_labels(project, tiny):
     chain = ["train_sgd.py", "train_pbfgs.py", "train_psgd.py"]
     baselines = ["train_psgd.py", "train_sgd.py"]
     assert [command[0] for command in lines] == (chain + baselines) * 2
-    # The random plane is trained as the samples' is.
-    assert sorted([*lines[2], "basis random"]) == sorted(lines[3])
-    assert "average 16 31" in lines[4]
+    check_baselines(lines[2], lines[3:5], "16 31")
     reported = done.stdout.splitlines()[-1].split()[2:]
     assert [name.split("_")[1] for name in reported] == ["labelnoise0", "labelnoise0.4"]
 
@@ -152,7 +159,9 @@ def test_finetune_starts_from_what_was_trained(project, tiny):
 
 def test_imagenet_is_the_published_experiment(project, tiny):
     done = run(project, "imagenet", data_dir="/data", PYTHONPATH=tiny)
-    sgd, pbfgs, _ = (" ".join(command) for command in commands(done.stdout))
+    lines = commands(done.stdout)
+    check_baselines(lines[2], lines[3:], "121 241")
+    sgd, pbfgs = (" ".join(command) for command in lines[:2])
     for part in ("datasets ImageNet", "arch resnet18", "epochs 90", "sample-every 1000", "lr 0.1"):
         assert part in sgd
     for part in ("params_start 0", "params_end 241", "params_stride 2", "n_components 120",
