@@ -311,6 +311,12 @@ def by_experiment(rows: Iterable[dict]) -> dict[Experiment, list[dict]]:
     return dict(sorted(of.items()))
 
 
+def seeds_text(rows: Sequence[dict]) -> str:
+    """The seeds of an experiment, in words."""
+    seeds = ", ".join(map(str, rows[0]["seeds"]))
+    return f"seed{'s' if ',' in seeds else ''} {seeds}"
+
+
 def results_table(rows: Sequence[dict]) -> tuple[Sequence[str], list[list[str]]]:
     """The columns and lines of the table of an experiment."""
     accuracies = ("final", "best", "train", "true labels", "false labels")
@@ -617,8 +623,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         page.picture(f"{name}_{number}.png", caption, png)
     of = by_experiment(rows)
     for number, (experiment, own) in enumerate(of.items(), 1):
-        seeds = ", ".join(map(str, own[0]["seeds"]))
-        page.heading(f"{experiment}; seed{'s' if ',' in seeds else ''} {seeds}")
+        page.heading(f"{experiment}; {seeds_text(own)}")
         page.table(*results_table(own))
         page.paragraph(COST)
         page.table(*cost_table(own))

@@ -4,7 +4,7 @@
 
 A JSON file is the results.json that report.py left of the run.sh target that the file is named
 after; networks.json is what networks.py left. A table stands between <!-- table NAME --> and
-<!-- end -->; NAME is main, networks, or a target.
+<!-- end -->; NAME is main, published, networks, or a target.
 """
 
 import json
@@ -15,13 +15,13 @@ import report
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "models" / "README.md")
-METHODS = {
-    "SGD": "SGD, to its end",
-    "SGD to the last sample": "SGD, at the last sample",
-    "mean of the samples 16 to 30": "mean of the samples 16 to 30",
-    "P-BFGS, BatchNorm re-estimated": "P-BFGS in the plane of the samples",
-    "P-SGD, BatchNorm re-estimated": "P-SGD in the plane of the samples",
-    "P-SGD, random basis, BatchNorm re-estimated": "P-SGD in a random plane",
+METHODS = {  # as the first page names them, and how report.py's names begin
+    "SGD, to its end": "SGD",
+    "SGD, at the last sample": "SGD to the last sample",
+    "mean of the later samples": "mean of the samples",
+    "P-BFGS in the plane of the samples": "P-BFGS",
+    "P-SGD in the plane of the samples": "P-SGD",
+    "P-SGD in a random plane": "P-SGD, random basis",
 }
 SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8)), "cifar-small": ("CIFAR-10", (0.0, 0.4))}
 
@@ -31,24 +31,41 @@ def measured(target: str) -> dict:
     return json.loads((HERE / f"{target}.json").read_text())
 
 
+def of_methods(target: str, noise: float) -> dict[str, dict]:
+    """The line of each of METHODS in an experiment, without variations."""
+    lines = [line for line in measured(target)["lines"] if line["noise"] == noise]
+    found = {}
+    for name, method in METHODS.items():
+        plain = rf"{method}( \d+ to \d+)?(, BatchNorm re-estimated)?"
+        found[name] = [line for line in lines if re.fullmatch(plain, line["method"])]
+    (mean,) = found["mean of the later samples"]
+    # Of the samples of that mean, not of other runs'.
+    found["SGD, at the last sample"] = [
+        line for line in found["SGD, at the last sample"] if line["in all"] == mean["in all"]
+    ]
+    return {name: line for name, (line,) in found.items()}
+
+
 def main_table() -> str:
     """Final test accuracy of each method in the experiments of SHOWN."""
-    columns, rows = ["", "k", "epochs in all"], {method: ["", ""] for method in METHODS}
+    columns, rows = ["", "k", "epochs in all"], {}
     for target, (name, noises) in SHOWN.items():
-        lines = measured(target)["lines"]
         for noise in noises:
             columns.append(f"{name}, c = {noise:g}")
-            for method, row in rows.items():
-                # "to the last sample" is that of the 31 samples, not of other runs'.
-                (line,) = (
-                    line
-                    for line in lines
-                    if (line["method"], line["noise"]) == (method, noise)
-                    and (method != "SGD to the last sample" or line["in all"] == 30)
-                )
-                row[:2] = str(line["k"]), str(line["in all"])
+            for method, line in of_methods(target, noise).items():
+                row = rows.setdefault(method, [method, str(line["k"]), str(line["in all"])])
                 row.append(report.spread(line["final"], 2))
-    return report.markdown(columns, [[METHODS[method], *row] for method, row in rows.items()])
+    return report.markdown(columns, rows.values())
+
+
+def published_table() -> str:
+    """The experiment of the published commands, with test accuracy at the end and at its best."""
+    rows = [
+        [method, str(line["k"]), str(line["in all"])]
+        + [report.spread(line[name], 2) for name in ("final", "best", "train")]
+        for method, line in of_methods("cifar", 0.0).items()
+    ]
+    return report.markdown(["", "k", "epochs in all", "final", "best", "train"], rows)
 
 
 def target_tables(target: str) -> str:
@@ -56,7 +73,7 @@ def target_tables(target: str) -> str:
     content = measured(target)
     text = f"\n{report.machine_text(content['machine'])}\n"
     for experiment, lines in report.by_experiment(content["lines"]).items():
-        text += f"\n### {experiment}; seeds {', '.join(map(str, lines[0]['seeds']))}\n\n"
+        text += f"\n### {experiment}; {report.seeds_text(lines)}\n\n"
         text += report.markdown(*report.results_table(lines))
         text += f"\n{report.COST}\n\n{report.markdown(*report.cost_table(lines))}"
     return text + "\n"
@@ -81,7 +98,7 @@ def filled(page: str) -> str:
     """The page with its tables as they should be."""
 
     def fill(found: re.Match) -> str:
-        own = {"main": main_table, "networks": networks_table}
+        own = {"main": main_table, "published": published_table, "networks": networks_table}
         table = own[found[2]]() if found[2] in own else target_tables(found[2])
         return found[1] + table + found[3]
 
