@@ -26,12 +26,14 @@ import pictures
 import utils
 
 LEGEND = """Accuracy in percent; mean ± standard deviation over the seeds. *k*: numbers trained, n
-is all of the network's. *in all*: epochs with those that were sampled. *final*, *best*: on the test
-set, after the last epoch and after the best one, which no user can pick. *train*: on training
-images as they are, with their labels as given; *true labels*, *false labels*: on those with a right
-and on those with a wrong label, where it says how many wrong labels were learned. *seconds*: of
-training, sampling included."""
-COST = "Cost of reaching the test accuracy at which SGD of the same seed ends:"
+is all of the network's. *in all*: epochs, those of the sampled SGD included. *final*, *best*: on
+the test set, after the last epoch and after the best one, which no user can pick. *train*: on
+training images as they are, with their labels as given; *true labels*, *false labels*: on those
+with a right and on those with a wrong label. How far the last is above chance (a tenth at ten
+classes for a network that knows nothing, the less the more it knows) says how many wrong labels
+were learned. *seconds*: of training, sampling included, PCA and tests not."""
+COST = "Cost of reaching the test accuracy at which SGD of the same seed ends, "
+COST += "mean over the seeds that reach it (compare where as many do):"
 TRAINING_IMAGES = 5000  # at most as many are looked at for the training accuracy
 # What the runs that are taken for seeds of each other have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")

@@ -1052,8 +1052,8 @@ def check_memory(k: int, n: int, dtype: torch.dtype, device: str) -> None:
     free, row = free_memory(device), n * dtype.itemsize
     if k * row > free:
         raise ValueError(
-            f"{k} directions of {n:,} parameters in {dtype} take {k * row / 2**30:.1f} GB, "
-            f"{free / 2**30:.1f} GB are free on {device}; {int(free // row)} would fit"
+            f"{k} directions of {n:,} parameters in {dtype} take {k * row / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free on {device}; {int(free // row)} would fit"
         )
 
 
@@ -1565,10 +1565,10 @@ def check_space(args: argparse.Namespace, model: nn.Module, numbers: range) -> N
         path for path in [args.save_dir, *args.save_dir.absolute().parents] if path.exists()
     )
     free = shutil.disk_usage(disk).free
-    said = f"{count} samples of {size / 2**20:.1f} MB, {needed / 2**30:.2f} GB with checkpoints"
+    said = f"{count} samples of {size / 2**20:.1f} MiB, {needed / 2**30:.2f} GiB with checkpoints"
     if needed > free:
-        refuse(f"--save-dir {args.save_dir}: {said}, but {free / 2**30:.2f} GB of disk are free")
-    say(f"{said}; {free / 2**30:.1f} GB of disk are free")
+        refuse(f"--save-dir {args.save_dir}: {said}, but {free / 2**30:.2f} GiB of disk are free")
+    say(f"{said}; {free / 2**30:.1f} GiB of disk are free")
 
 
 def git_commit() -> str | None:

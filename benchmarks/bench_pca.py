@@ -82,7 +82,7 @@ def table(title: str, cases: list[tuple[str, int, int]], methods: list[str], tim
             else:
                 row += [f"ended by signal or error {done.returncode}", "", "", ""]
             rows.append(row)
-    columns = ["T", "n", "k", "method", "seconds", "peak GB", "basis GB", "‖PPᵀ − I‖"]
+    columns = ["T", "n", "k", "method", "seconds", "peak GiB", "basis GiB", "‖PPᵀ − I‖"]
     note = f"Median (range) of {times} processes, files cached; peak over what the imports take."
     show(title, columns, rows, note)
 

@@ -108,7 +108,7 @@ def measure(case: Case, repetitions: int) -> tuple[dict[str, list[float]], list[
 
 
 def peak(name: str, arch: str, side: int, batch: int, k: int) -> str:
-    """Peak memory in MB of one function in a process of its own."""
+    """Peak memory in MiB of one function in a process of its own."""
     command = [sys.executable, __file__, "--peak", json.dumps([name, arch, side, batch, k])]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
@@ -167,8 +167,8 @@ def main() -> None:
         peaks = [peak(name, args.arch, side, batch, k) for name in names]
         megabytes = f"{Case(args.arch, 8, 1, k).basis.numel() * 4 / 2**20:.0f}"
         rows.append([f"{side} × {side}, {batch}", f"{k}", megabytes, *peaks])
-    columns = ["images, batch", "k", "basis MB", "no-grad forward MB", "network MB", "P-SGD MB"]
-    columns += ["P-BFGS MB"]
+    columns = ["images, batch", "k", "basis MiB", "no-grad forward MiB", "network MiB", "P-SGD MiB"]
+    columns += ["P-BFGS MiB"]
     note = "Peak of a process over what its imports take: batch, network, basis, two steps."
     show(f"step memory: {args.arch}", columns, rows, note)
 

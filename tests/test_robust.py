@@ -273,7 +273,7 @@ def test_samples_that_will_not_fit_are_refused(tmp_path, refused, monkeypatch, c
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if fits:
             train_sgd.main([str(word) for word in argv])
-            assert "12 samples of 0.3 MB" in capsys.readouterr().out
+            assert "12 samples of 0.3 MiB" in capsys.readouterr().out
         else:
             assert "--save-dir" in refused(train_sgd.main, argv)
             assert not (tmp_path / "a").exists()
