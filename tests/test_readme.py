@@ -42,7 +42,7 @@ def test_bytes_a_step_are_those_of_the_networks():
         n = sum(parameter.numel() for parameter in network.parameters())
         (cells,) = re.findall(rf"^\| {name} \|(.*)\|$", README, re.MULTILINE)
         n_told, k, plane, all_of_them, ratio = (int(c.replace(",", "")) for c in cells.split("|"))
-        assert (n_told, plane, all_of_them, ratio) == (n, 4 * k, 4 * n, n // k)
+        assert (n_told, plane, all_of_them, ratio) == (n, 4 * k, 4 * n, round(n / k))
 
 
 def test_tables_are_those_of_the_measured_numbers():
