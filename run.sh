@@ -82,8 +82,16 @@ chain() {
     run train_sgd.py "${common[@]}" --average $average
 }
 
+# Run $3 for each of the seeds and the label noises of the settings, else for those of $1 and of $2.
+over() {
+    local seeds=${seed:-$1} noises=${c:-$2}
+    for seed in $seeds; do
+        for c in $noises; do "$3"; done
+    done
+}
+
 # The settings of the targets on digits; they were chosen on the seeds 1 to 3.
-digits() {
+on_digits() {
     datasets=digits average="16 31"
     sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
     subspace=(--n_components 20 --params_end 31 --batch-size 128 --bn-update)
@@ -91,8 +99,52 @@ digits() {
     psgd=(--epochs 30 --lr 0.3 --milestones 15 25 "${subspace[@]}")
 }
 
-# And of those on a tenth of CIFAR-10.
-cifar_small() {
+target_digits() {
+    on_digits
+    over 1 "0 0.4" chain
+}
+
+# Noise levels, and numbers of dimensions, over seeds that no setting was chosen on.
+target_digits-full() {
+    on_digits
+    over "4 5 6 7 8" "0 0.2 0.4 0.6 0.8" chain_and_dimensions
+}
+
+chain_and_dimensions() {
+    chain
+    case $c in 0 | 0.4) ;; *) return ;; esac
+    for k in 2 5 10 20 40; do
+        run train_psgd.py "${common[@]}" "${psgd[@]}" --params_end 41 --n_components $k --run psgd_k$k
+    done
+}
+
+# How few epochs can be sampled: beside the 30 of digits-full, 5, 10 and 20.
+target_cost() {
+    on_digits
+    over "4 5 6 7 8" 0 chain_and_shorter
+}
+
+chain_and_shorter() {
+    chain
+    for last in 5 10 20; do
+        plane=(--params_end $((last + 1)) --n_components $((last < 20 ? last - 1 : 20)))
+        run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" "${plane[@]}" --run pbfgs_of_$last
+        run train_psgd.py "${common[@]}" "${psgd[@]}" "${plane[@]}" --run psgd_of_$last
+    done
+}
+
+# The published experiment.
+target_cifar() {
+    datasets=${datasets:-CIFAR10} average="41 81"
+    sgd=(--lr 0.1 --epochs=150)
+    subspace=(--params_start 0 --params_end 81 --n_components 40)
+    pbfgs=(--epochs 20 --batch-size 1024 "${subspace[@]}")
+    psgd=(--epochs 40 --lr 1 --batch-size 128 "${subspace[@]}")
+    over 1 0 chain
+}
+
+# The settings of the targets on a tenth of CIFAR-10.
+on_a_tenth() {
     datasets=${datasets:-CIFAR10} small=0.1 options=${options:---half --compile} average="16 31"
     sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
     subspace=(--n_components 20 --params_end 31 --bn-update)
@@ -100,7 +152,55 @@ cifar_small() {
     psgd=(--epochs 30 --lr 1 --milestones 15 25 --batch-size 128 "${subspace[@]}")
 }
 
-target=${1-}
+target_cifar-small() {
+    on_a_tenth
+    over "1 2" "0 0.4" chain
+}
+
+# A trained network trained further, and in the plane of the first epochs of that.
+target_finetune() {
+    on_a_tenth
+    over "1 2" "0 0.4" further
+}
+
+further() {
+    settle
+    run train_sgd.py "${common[@]}" "${sgd[@]}"
+    trained=$save_dir/model.th
+    settle _finetune
+    run train_sgd.py "${common[@]}" --pretrained "$trained" --lr 0.01 --epochs=14
+    subspace=(--params_end 11 --n_components 10 --epochs 4 --bn-update)
+    run train_pbfgs.py "${common[@]}" "${subspace[@]}" --batch-size 500
+    run train_psgd.py "${common[@]}" "${subspace[@]}" --lr 1
+    run train_sgd.py "${common[@]}" --average 1 11
+}
+
+# data_dir is the directory with train/ and val/.
+target_imagenet() {
+    datasets=ImageNet model=${model:-resnet18} average="121 241"
+    sgd=(--lr 0.1 --epochs=90 --batch-size 256 --sample-every 1000)
+    subspace=(--params_start 0 --params_end 241 --params_stride 2 --n_components 120 --batch-size 256)
+    pbfgs=(--epochs 4 "${subspace[@]}")
+    psgd=(--epochs 4 --lr 1 "${subspace[@]}")
+    over 1 0 chain
+}
+
+# torchvision's weights trained further: samples of the first 5, 10, 15 epochs.
+target_finetune-imagenet() {
+    datasets=ImageNet model=${model:-resnet18}
+    over 1 0 further_on_imagenet
+}
+
+further_on_imagenet() {
+    settle _finetune
+    run train_sgd.py "${common[@]}" --pretrained --lr 0.005 --epochs=15 --batch-size 256 --sample-every 500
+    for epochs in 5 10 15; do # of about 10 samples each: 1,281,167 images are 5,005 batches
+        subspace=(--params_end $((10 * epochs + 1)) --n_components 30 --batch-size 256 --epochs 4)
+        run train_pbfgs.py "${common[@]}" "${subspace[@]}" --run pbfgs_of_$epochs
+    done
+}
+
+target=${1-} options=${options-} small= save_dirs=()
 if [ $# -gt 1 ] && [ "$target" != test ]; then echo "run.sh: $usage" >&2; exit 2; fi
 if [ -z "$target" ]; then
     prepare requirements.txt
@@ -109,102 +209,7 @@ if [ -z "$target" ]; then
     echo "run.sh: CUDA is $([ "$cuda" = True ] && echo here || echo not here), so this runs $target; $usage"
 fi
 
-options=${options-} small= save_dirs=()
 case $target in
-digits)
-    prepare requirements.txt
-    digits
-    seed=${seed:-1}
-    for c in ${c:-0 0.4}; do chain; done
-    run report.py "${save_dirs[@]}"
-    ;;
-digits-full) # noise levels, and numbers of dimensions, over seeds that no setting was chosen on
-    prepare requirements.txt
-    digits
-    noises=${c:-0 0.2 0.4 0.6 0.8}
-    for seed in ${seed:-4 5 6 7 8}; do
-        for c in $noises; do
-            chain
-            case $c in 0 | 0.4) ;; *) continue ;; esac
-            for k in 2 5 10 20 40; do
-                run train_psgd.py "${common[@]}" "${psgd[@]}" --params_end 41 --n_components $k --run psgd_k$k
-            done
-        done
-    done
-    run report.py "${save_dirs[@]}"
-    ;;
-cifar)
-    prepare requirements.txt
-    datasets=${datasets:-CIFAR10} c=${c:-0} seed=${seed:-1} average="41 81"
-    sgd=(--lr 0.1 --epochs=150)
-    pbfgs=(--epochs 20 --params_start 0 --params_end 81 --batch-size 1024 --n_components 40)
-    psgd=(--epochs 40 --lr 1 --params_start 0 --params_end 81 --batch-size 128 --n_components 40)
-    chain
-    run report.py "$save_dir"
-    ;;
-imagenet) # data_dir is the directory with train/ and val/
-    prepare requirements.txt
-    datasets=ImageNet model=${model:-resnet18} c=${c:-0} seed=${seed:-1} average="121 241"
-    sgd=(--lr 0.1 --epochs=90 --batch-size 256 --sample-every 1000)
-    subspace=(--params_start 0 --params_end 241 --params_stride 2 --n_components 120 --batch-size 256)
-    pbfgs=(--epochs 4 "${subspace[@]}")
-    psgd=(--epochs 4 --lr 1 "${subspace[@]}")
-    chain
-    run report.py "$save_dir"
-    ;;
-finetune-imagenet) # torchvision's weights trained further: samples of the first 5, 10, 15 epochs
-    prepare requirements.txt
-    datasets=ImageNet model=${model:-resnet18} c=${c:-0} seed=${seed:-1}
-    settle _finetune
-    run train_sgd.py "${common[@]}" --pretrained --lr 0.005 --epochs=15 --batch-size 256 --sample-every 500
-    for epochs in 5 10 15; do # of about 10 samples each: 1,281,167 images are 5,005 batches
-        subspace=(--params_end $((10 * epochs + 1)) --n_components 30 --batch-size 256 --epochs 4)
-        run train_pbfgs.py "${common[@]}" "${subspace[@]}" --run pbfgs_of_$epochs
-    done
-    run report.py "$save_dir"
-    ;;
-cifar-small)
-    prepare requirements.txt
-    cifar_small
-    noises=${c:-0 0.4}
-    for seed in ${seed:-1 2}; do
-        for c in $noises; do chain; done
-    done
-    run report.py "${save_dirs[@]}"
-    ;;
-finetune) # a trained network trained further, and in the plane of the first epochs of that
-    prepare requirements.txt
-    cifar_small
-    noises=${c:-0 0.4}
-    for seed in ${seed:-1 2}; do
-        for c in $noises; do
-            settle
-            run train_sgd.py "${common[@]}" "${sgd[@]}"
-            trained=$save_dir/model.th
-            settle _finetune
-            run train_sgd.py "${common[@]}" --pretrained "$trained" --lr 0.01 --epochs=14
-            subspace=(--params_end 11 --n_components 10 --epochs 4 --bn-update)
-            run train_pbfgs.py "${common[@]}" "${subspace[@]}" --batch-size 500
-            run train_psgd.py "${common[@]}" "${subspace[@]}" --lr 1
-            run train_sgd.py "${common[@]}" --average 1 11
-        done
-    done
-    run report.py "${save_dirs[@]}"
-    ;;
-cost) # how few epochs can be sampled: beside the 30 of digits-full, 5, 10 and 20
-    prepare requirements.txt
-    digits
-    c=${c:-0}
-    for seed in ${seed:-4 5 6 7 8}; do
-        chain
-        for last in 5 10 20; do
-            plane=(--params_end $((last + 1)) --n_components $((last < 20 ? last - 1 : 20)))
-            run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" "${plane[@]}" --run pbfgs_of_$last
-            run train_psgd.py "${common[@]}" "${psgd[@]}" "${plane[@]}" --run psgd_of_$last
-        done
-    done
-    run report.py "${save_dirs[@]}"
-    ;;
 test)
     prepare requirements.txt tests/requirements.txt
     "$python" -m pytest "${@:2}"
@@ -219,7 +224,12 @@ lint)
     "$python" -m ruff format --check .
     ;;
 *)
-    echo "run.sh: there is no target '$target'; $usage" >&2
-    exit 2
+    if ! declare -F "target_$target" >/dev/null; then
+        echo "run.sh: there is no target '$target'; $usage" >&2
+        exit 2
+    fi
+    prepare requirements.txt
+    "target_$target"
+    run report.py "${save_dirs[@]}"
     ;;
 esac
