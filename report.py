@@ -38,6 +38,7 @@ TRAINING_IMAGES = 5000  # at most as many are looked at for the training accurac
 # What the runs that are taken for seeds of each other have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
+SETTINGS += ("image_size",)
 GRID, GRID_IMAGES = 21, 500  # points a side of the loss around the trajectory, and images for it
 
 # ------------------------------------------------------------------------------ what runs left
@@ -141,19 +142,22 @@ def lines_of(save_dir: Path) -> list[Line]:
         own, weights = own_config["arguments"], directory / "model.th"
         if any(own[option] != arguments[option] for option in utils.EXPERIMENT):
             raise ValueError(f"{directory} is not of the experiment in {save_dir}")
+        numbers = utils.sample_range(own)
+        files = [save_dir / f"{number}.pt" for number in numbers]
+        if all(file.exists() for file in files):  # samples take room, and may have been removed
+            there = utils.fingerprint(files)
+            if own_config.get("fingerprint", there) != there:
+                raise ValueError(f"{directory} is of samples that have been replaced since")
+        sampled = sampled_by(numbers[-1])
         if own.get("average"):
-            first, end = own["average"]
-            sampled = sampled_by(end - 1)
-            method = f"mean of the samples {first} to {end - 1}"
+            method = f"mean of the samples {numbers[0]} to {numbers[-1]}"
             lines.append(line(method, 0, rows, sampled, weights, own_config))
             continue
-        last = range(own["params_start"], own["params_end"], own["params_stride"])[-1]
-        sampled = sampled_by(last)
-        at_last = line("SGD to the last sample", "n", sampled, [], save_dir / f"{last}.pt", config)
+        at_last = line("SGD to the last sample", "n", sampled, [], files[-1], config)
         if sampled and at_last not in lines:
             lines.append(at_last)
         if isinstance(own["start"], int):  # it may lie beyond the samples
-            sampled = sampled_by(max(last, own["start"]))
+            sampled = sampled_by(max(numbers[-1], own["start"]))
         k = len(np.load(directory / "basis.npz")["explained_variance_ratio"])
         lines.append(line(method_of(own), k, rows, sampled, weights, own_config))
 
@@ -241,7 +245,7 @@ def measured(
             if own[0].arguments["pretrained"] and utils.sample_numbers(save_dir):
                 own.insert(0, start_line(own[0], laboratory))
             for line in own:
-                if line.weights.exists():  # samples take room, and may have been removed
+                if line.weights.exists():
                     accuracies[line.weights] = laboratory.training_accuracy(line.weights)
                 bar.update()
         everything += own
@@ -397,12 +401,11 @@ def trajectory(line: Line, runs: Sequence[Line]) -> list[Mapping[str, Tensor]]:
     numbers = utils.sample_numbers(line.save_dir)
     if not numbers:
         return []
-    first, end, stride = numbers[0], numbers[-1] + 1, 1
+    taken = range(numbers[0], numbers[-1] + 1)
     for run in plain(runs)[:1]:
-        names = ("params_start", "params_end", "params_stride")
-        first, end, stride = (run.arguments[name] for name in names)
+        taken = utils.sample_range(run.arguments)
     try:
-        return utils.load_samples(line.save_dir, first, end, stride)
+        return utils.load_samples(line.save_dir, taken.start, taken.stop, taken.step)
     except FileNotFoundError:
         return []
 

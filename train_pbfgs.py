@@ -7,7 +7,6 @@ With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the
 
 import argparse
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -92,7 +91,7 @@ def make_step(
     subspace: models.Subspace,
     optimizer: PBFGS,
     residual: torch.optim.Optimizer | None,
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict]]:
+) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, dict]]:
     """The step that trains on --accumulate batches, given as one; `residual` moves the origin."""
     z = subspace.coordinates
 
@@ -100,7 +99,7 @@ def make_step(
         """Batch by batch its part of the step's mean loss, and the network's output."""
         torch.manual_seed(seed)  # all trials of a step see the same dropout
         whole = round(len(images) * utils.world() / weight)  # the images of all processes
-        batches = max(1, math.ceil((whole - 1) / args.batch_size))
+        batches = len(utils.batch_sizes(whole, args.batch_size))
         for batch in zip(images.tensor_split(batches), labels.tensor_split(batches), strict=True):
             loss, output = utils.cross_entropy(subspace, *batch, half)
             yield loss * (len(output) / len(images)), output

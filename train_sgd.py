@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def average(args: argparse.Namespace) -> dict:
     model = utils.make_model(args, models.build, data)
     began = time.perf_counter()
     with utils.refusing("--average"):
-        utils.check_samples(args, samples, range(*args.average), model)
+        utils.check_samples(args, samples, model)
     utils.load_into(model, utils.mean_of(samples))
     update_bn(data.train.epoch(), model)
     seconds = time.perf_counter() - began
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.evaluate:
         return utils.evaluate_only(args, models.build, args.save_dir)
     if args.average:
+        if isinstance(args.resume, Path):
+            utils.refuse("--resume: not with --average and a PATH; allowed: without one")
         return average(args)
     data = utils.load_data(args)
     model = utils.make_model(args, models.build, data)

@@ -57,6 +57,11 @@ def number_under_torchrun() -> int:
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
+def restarts() -> int:
+    """How often torchrun has started all processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """SIGINT and SIGTERM go to `handler`."""
@@ -79,6 +84,8 @@ def program(main: Callable[[], Any]) -> None:
     with handling(stop):
         try:
             main()
+        except torch.OutOfMemoryError as error:
+            refuse(f"--batch-size: too large for the memory of the GPU ({error})", 1)
         except RuntimeError as error:  # gloo has no class of its own
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
@@ -281,6 +288,9 @@ def add_subspace_options(options: Parser) -> None:
 def parse(options: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options given, with what they leave open (device, image size) decided."""
     args = options.parse_args(argv)
+    for option, path in (("--save-dir", args.save_dir), ("--data-dir", args.data_dir)):
+        with refusing(option):
+            path.exists()  # OSError where one may not look
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
     if args.device == "auto":
@@ -351,14 +361,14 @@ def join_processes(args: argparse.Namespace) -> None:
         if local >= there:
             refuse(f"--nproc_per_node: allowed: at most {there}, a process for each GPU")
         torch.cuda.set_device(local)
-    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
     if not dist.is_initialized():
         store, number, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(restarts, store)  # it may still know the processes that are gone
+        # It may still know the processes that are gone.
+        store = dist.PrefixStore(str(restarts()), store)
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
         atexit.register(dist.destroy_process_group)
-    if int(restarts) and not args.evaluate:  # the command is that of the first start
+    if restarts() and not args.evaluate:  # the command is that of the first start
         args.resume, args.overwrite = args.resume or True, False
 
 
@@ -380,7 +390,8 @@ def parallel(module: nn.Module) -> nn.Module:
         return module
     # Gradients of 1 × 1 convolutions on channels_last images: copied once more, which is little.
     warnings.filterwarnings("ignore", "Grad strides do not match")
-    with warnings.catch_warnings(action="ignore"):  # the option's new name is not in torch 2.6
+    with warnings.catch_warnings():  # the option's new name is not in torch 2.6
+        warnings.simplefilter("ignore")
         # Buffers are not sent out at every step: `synchronise` does that before they are used.
         return DistributedDataParallel(module, broadcast_buffers=False)
 
@@ -409,16 +420,6 @@ def own_columns(n: int) -> tuple[int, int]:
     """Which of n columns this process holds: from the first number to before the second."""
     width = -(-n // world())
     return min(n, rank() * width), min(n, (rank() + 1) * width)
-
-
-@contextlib.contextmanager
-def process_0_first() -> Iterator[None]:
-    """What one process may leave for the others is done by process 0, and by them afterwards."""
-    if rank():
-        dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
 
 
 def synchronise(model: nn.Module) -> None:
@@ -465,7 +466,7 @@ class Data(NamedTuple):
 def random_stream(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
     """Random numbers that depend on (seed, purpose, number) only, the same on every device."""
     # Purposes count from 1: numpy takes [seed] and [seed, 0] for the same seed.
-    purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4, "report": 5}
+    purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4, "report": 5, "statistics": 6}
     return np.random.default_rng([seed, purposes[purpose], number])
 
 
@@ -499,6 +500,12 @@ def batch_sizes(n: int, size: int) -> list[int]:
     sizes = [size] * (n // size) + [n % size] * (n % size > 0)
     few = len(sizes) > 1 and sizes[-1] < 2 * world() <= size
     return [*sizes[:-2], size + sizes[-1]] if few else sizes
+
+
+def own_parts(draws: Tensor, size: int) -> list[Tensor]:
+    """This process's part of each batch of what was drawn for n images, (…, n)."""
+    batches = draws.split(batch_sizes(draws.shape[1], size), dim=1)
+    return [batch.tensor_split(world(), dim=1)[rank()] for batch in batches]
 
 
 class Images:
@@ -540,8 +547,7 @@ class Images:
         # The epoch's one transfer to the device.
         draws = torch.from_numpy(np.stack([which, which + n * flip, top, left]))
         draws = draws.to(self.labels.device)
-        for batch in draws.split(batch_sizes(n, self.batch_size), dim=1)[first:]:
-            which, *where = batch.tensor_split(world(), dim=1)[rank()]
+        for which, *where in own_parts(draws, self.batch_size)[first:]:
             images = crop(self.images, *where, self.size)
             images = images.to(torch.float32, memory_format=self.layout)
             yield images.mul_(self.scale).add_(self.shift), self.labels[which]
@@ -579,14 +585,10 @@ class ImageFiles:
         random = random_stream(self.seed or 0, "epoch", number)
         n = len(self)
         order = np.arange(n) if self.seed is None else random.permutation(n)
-        draws = np.stack([order, random.integers(2**63, size=n)], axis=1)
-        ends = np.cumsum(batch_sizes(n, self.batch_size))[:-1]
+        draws = torch.from_numpy(np.stack([order, random.integers(2**63, size=n)]))
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=[
-                np.array_split(batch, world())[rank()].tolist()
-                for batch in np.split(draws, ends)[first:]
-            ],
+            batch_sampler=[part.T.tolist() for part in own_parts(draws, self.batch_size)[first:]],
             num_workers=self.workers,
             worker_init_fn=ignore_interrupt,
             pin_memory=self.device == "cuda",
@@ -644,8 +646,11 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
     root = args.data_dir
     was_there = root.exists()
     try:
-        with process_0_first():
-            dataset = getattr(torchvision.datasets, name)(root, train=train, download=True)
+        if rank():
+            dist.barrier()  # process 0 first: it may download
+        dataset = getattr(torchvision.datasets, name)(root, train=train, download=True)
+        if world() > 1 and rank() == 0:
+            dist.barrier()
     except Exception as error:  # network, disk or archive: the ways out are the same
         if not was_there:
             with contextlib.suppress(OSError):  # empty folders only
@@ -791,8 +796,15 @@ def load_samples(
         missing = [*missing[:3], last] if len(missing) > 3 else missing
         have = f"there are {shorten(listed)}" if there else "there are none"
         raise FileNotFoundError(f"{save_dir} lacks the samples {shorten(missing)}; {have}")
-    samples = [Sample(save_dir / f"{number}.pt") for number in numbers]
-    return [s if s.has_places() else state_dict_in(s.file) for s in samples]
+    return [Sample(save_dir / f"{number}.pt") for number in numbers]
+
+
+def sample_range(arguments: Mapping[str, Any]) -> range:
+    """The numbers of the samples that a run takes, by its options as config.json has them."""
+    if arguments.get("average"):
+        return range(*arguments["average"])
+    names = ("params_start", "params_end", "params_stride")
+    return range(*(arguments[name] for name in names)) if "basis" in arguments else range(0)
 
 
 def sample_numbers(save_dir: Path) -> list[int]:
@@ -815,21 +827,21 @@ class Sample(Mapping):
     def __init__(self, file: Path) -> None:
         self.file = file
         self.entries = state_dict_in(file, "meta")  # shapes, and where in the file the values are
+        storages = (entry.untyped_storage() for entry in self.entries.values())
+        if None in [getattr(storage, "_checkpoint_offset", None) for storage in storages]:
+            self.entries = state_dict_in(file)  # torch does not tell where in files of torch < 1.6
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
+        if not entry.is_meta:
+            return entry
         span = 1 + sum((n - 1) * step for n, step in zip(entry.shape, entry.stride(), strict=True))
         return self._read(entry, 0, span).as_strided(entry.shape, entry.stride())
-
-    def has_places(self) -> bool:
-        """Whether torch told where the values are: it does not for what torch < 1.6 wrote."""
-        storages = (entry.untyped_storage() for entry in self.entries.values())
-        return None not in [getattr(s, "_checkpoint_offset", None) for s in storages]
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Like self[name].reshape(-1)[start:stop]."""
         entry = self.entries[name]
-        if entry.is_contiguous():
+        if entry.is_meta and entry.is_contiguous():
             return self._read(entry, start, stop)
         return self[name].reshape(-1)[start:stop]
 
@@ -851,11 +863,6 @@ class Sample(Mapping):
 def entries_of(sample: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A state dict's tensors, without the values of those that are in a file."""
     return sample.entries if isinstance(sample, Sample) else sample
-
-
-def shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes of a state dict's tensors."""
-    return {name: entry.shape for name, entry in entries_of(sample).items()}
 
 
 def kinds(sample: Mapping[str, Tensor]) -> dict[str, tuple]:
@@ -883,26 +890,20 @@ def column_blocks(
     """
     width = max(1, BLOCK // len(samples))
     block = torch.empty(len(samples), width, dtype=torch.float64, device=device)
-    first = shapes(samples[0])
-    sizes = [first[name].numel() for name in names]
-    column, last = own_columns(sum(sizes))
-    filled = start = 0
-    bar = progress_bar(None, "PCA", last - column, unit="columns", unit_scale=True)
-    for name, size in zip(names, sizes, strict=True):
-        done, end = max(0, column + filled - start), min(size, last - start)
-        start += size
-        while done < end:
-            taken = min(end - done, width - filled)
-            for row, sample in zip(block, samples, strict=True):
-                row[filled : filled + taken] = part_of(sample, name, done, done + taken)
-            done, filled = done + taken, filled + taken
-            if filled == width or column + filled == last:
-                columns = block[:, :filled]
+    sizes = [entries_of(samples[0])[name].numel() for name in names]
+    first, last = own_columns(sum(sizes))
+    start = 0
+    with progress_bar(None, "PCA", last - first, unit="columns", unit_scale=True) as bar:
+        for name, size in zip(names, sizes, strict=True):
+            for column in range(max(first, start), min(last, start + size), width):
+                stop = min(column + width, last, start + size)
+                columns = block[:, : stop - column]
+                for row, sample in zip(columns, samples, strict=True):
+                    row.copy_(part_of(sample, name, column - start, stop - start))
                 columns -= columns.mean(0)
-                yield slice(column, column + filled), columns
-                bar.update(filled)
-                column, filled = column + filled, 0
-    bar.close()
+                yield slice(column, stop), columns
+                bar.update(stop - column)
+            start += size
 
 
 def orthonormalise(basis: Tensor, in_parts: bool = False) -> None:
@@ -977,14 +978,15 @@ def pca(
         samples = [{"": torch.as_tensor(sample)} for sample in samples]
     if names is None:
         names = parameter_names(samples[0])
-    first = shapes(samples[0])
-    parameters = sum(first[name].numel() for name in names)
-    if any(shapes(sample) != first for sample in samples):
+    first = kinds(samples[0])
+    parameters = sum(entries_of(samples[0])[name].numel() for name in names)
+    if any(kinds(sample) != first for sample in samples):
         raise ValueError("the samples differ in their shapes")
     most = min(len(samples) - 1, parameters)
-    if n_components > most:
+    if not 0 < n_components <= most:
         raise ValueError(f"{n_components} of {len(samples)} samples; allowed: at most {most}")
-    exact = samples[0][names[0]].dtype
+    exact = entries_of(samples[0])[names[0]].dtype
+    exact = exact if exact.is_floating_point else torch.float64
     first_column, last_column = own_columns(parameters)
     held = last_column - first_column if shard else parameters
     if isinstance(n_components, int):
@@ -1050,6 +1052,8 @@ def free_memory(device: str) -> float:
 def check_memory(k: int, n: int, dtype: torch.dtype, device: str) -> None:
     """ValueError for a basis (k, n) that is larger than the memory there is."""
     free, row = free_memory(device), n * dtype.itemsize
+    if torch.device(device).type == "cpu":  # that of the machine, which processes share
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if k * row > free:
         raise ValueError(
             f"{k} directions of {n:,} parameters in {dtype} take {k * row / 2**30:.1f} GiB, "
@@ -1083,7 +1087,7 @@ def fingerprint(files: Sequence[Path], *options: Any) -> str:
 
 def computed_from(file: Path) -> str | None:
     """The fingerprint that a basis.npz was saved with; None where there is no such file."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with contextlib.suppress(Exception):  # whatever else the file may be
         return str(np.load(file)["computed_from"])
 
 
@@ -1136,7 +1140,8 @@ EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalld
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
 RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
 RESUMED += ("sample_every",)
-MIDWAY = ("batch_size", "accumulate")  # these too in an epoch, or where samples count steps
+# These too in an epoch, or where samples count steps.
+MIDWAY = ("batch_size", "accumulate", "start_epoch")
 
 
 class Run(NamedTuple):
@@ -1200,7 +1205,8 @@ def read(file: Path, device: str = "cpu") -> Any:
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of old formats: they are read, or refused
+        with warnings.catch_warnings():  # of old formats: they are read, or refused
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file makes torch raise any of half a dozen kinds
         raise ValueError(f"{file}: not a whole file of tensors ({type(error).__name__})") from error
@@ -1230,12 +1236,10 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch:
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
 
 
-def check_samples(
-    args: argparse.Namespace, samples: Iterable[Mapping], numbers: Iterable[int], model: nn.Module
-) -> None:
-    """ValueError for a sample, of those with these numbers, that is not of the model."""
-    for number, sample in zip(numbers, samples, strict=True):
-        check_fits(sample, model, args.save_dir / f"{number}.pt", args.arch)
+def check_samples(args: argparse.Namespace, samples: Sequence["Sample"], model: nn.Module) -> None:
+    """ValueError for a sample that is not of the model."""
+    for sample in samples:
+        check_fits(sample, model, sample.file, args.arch)
 
 
 def check_values(state: Mapping[str, Tensor], file: Path) -> None:
@@ -1280,6 +1284,27 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
     say(f"pretrained: {weights}; left as initialised: {left}")
 
 
+@torch.no_grad()
+def try_out(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
+    """Refuse a network that cannot be trained or tested on such data; leaves it as it was."""
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    size, classes = args.image_size, data.num_classes
+    # Every network fails in its own way on images too small for it, or on one alone.
+    what = f"--arch {args.arch}: cannot take images of {size} × {size} pixels"
+    with refusing(what, Exception):
+        outputs = [model.train(mode)(torch.zeros(2, 3, size, size)) for mode in (True, False)]
+    for output in outputs:
+        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < classes:
+            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            refuse(f"--arch {args.arch}: gives {given} for two images, not (2, {classes}) numbers")
+    if 1 in (len(data.train), args.batch_size) and not args.evaluate:
+        fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
+        what = f"--batch-size {args.batch_size}{fewer}: a batch of one image, on which {args.arch}"
+        with refusing(f"{what} cannot train", Exception):
+            model.train()(torch.zeros(1, 3, size, size))
+    load_into(model, initial)
+
+
 def make_model(
     args: argparse.Namespace, build: Callable[[str, int, int], nn.Module], data: Data
 ) -> nn.Module:
@@ -1289,21 +1314,7 @@ def make_model(
         model = build(args.arch, data.num_classes, args.image_size)
         if not isinstance(model, nn.Module):
             raise ValueError(f"{args.arch}: gives a {type(model).__name__}, not a torch.nn.Module")
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(2, 3, args.image_size, args.image_size))
-    except Exception as error:  # every network fails in its own way on images too small for it
-        size = f"{args.image_size} × {args.image_size}"
-        refuse(f"--arch {args.arch}: cannot take images of {size} pixels ({error})")
-    if 1 in batch_sizes(len(data.train), data.train.batch_size):
-        initial = {name: value.clone() for name, value in model.state_dict().items()}
-        try:
-            model.train()(torch.zeros(1, 3, args.image_size, args.image_size))
-        except Exception as error:
-            fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
-            what = f"--batch-size {args.batch_size}{fewer}"
-            refuse(f"{what}: a batch of one image, on which {args.arch} cannot train ({error})")
-        load_into(model, initial)
+    try_out(args, model, data)
     with refusing("--pretrained"):
         if args.pretrained is True:
             load_torchvision_weights(model, args.arch)
@@ -1365,19 +1376,16 @@ def extract(
     `model` is put where training in the subspace starts: at the first sample, unless --pretrained
     named another start.
     """
-    numbers = range(args.params_start, args.params_end, args.params_stride)
+    numbers = sample_range(vars(args))
     files = [args.save_dir / f"{number}.pt" for number in numbers]
     with refusing():
-        check_samples(args, samples, numbers, model)
+        check_samples(args, samples, model)
     if args.start == "mean":
         load_into(model, mean_of(samples))
-    elif args.start is not None:
-        with refusing("--start"):
-            load_file(args, model, args.save_dir / f"{args.start}.pt")
-    elif not args.pretrained:
-        with refusing():
-            check_values(samples[0], files[0])
-        load_into(model, samples[0])
+    elif args.start is not None or not args.pretrained:
+        start = args.params_start if args.start is None else args.start
+        with refusing("--start" if args.start is not None else ""):
+            load_file(args, model, args.save_dir / f"{start}.pt")
     names = [name for name, _ in model.named_parameters()]
     n = sum(parameter.numel() for parameter in model.parameters())
     of = files if args.basis in BASES else [Path(args.basis)]
@@ -1393,7 +1401,8 @@ def extract(
     found = all_reduce(torch.tensor(int(basis is not None)), dist.ReduceOp.MIN)
     if not found:  # by all processes, since all have to take part in the PCA
         where = ""
-        with refusing("--n_components" if args.basis in BASES else "--basis"):
+        at_fault = {"pca": "--n_components", "random": "--n_components", "schmidt": "--params_end"}
+        with refusing(at_fault.get(args.basis, "--basis")):
             basis = Basis(*make_basis(args, samples, names, n), source)
     explained = basis.explained_variance_ratio.sum()
     say(
@@ -1418,12 +1427,13 @@ def make_basis(
             raise ValueError(f"{k}: allowed with --basis random: a whole number")
         if k > n:
             raise ValueError(f"{k}: allowed: at most the {n} parameters")
+        check_memory(k, n, torch.float32, "cpu")  # where it is drawn
         check_memory(k, n, dtype, args.device)
         basis = random_basis(k, n, args.randomseed, dtype, args.device)
     elif args.basis in BASES:
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
         # same in either: SGD, and BFGS that starts at the identity, turn with the basis.
-        k = len(samples) - 1 if args.basis == "schmidt" else k
+        k = max(1, len(samples) - 1) if args.basis == "schmidt" else k
         shard = args.shard_basis
         return pca(samples, k, names=names, device=args.device, dtype=dtype, shard=shard)
     else:
@@ -1440,27 +1450,24 @@ def read_basis(file: Path) -> Tensor:
     try:
         arrays = np.load(file)
         return bits(arrays if isinstance(arrays, np.ndarray) else arrays["basis"])
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a broken file makes numpy raise any of half a dozen kinds
         raise ValueError(f"{file}: no .npy or .npz that holds a basis") from error
 
 
 def restore(
-    args: argparse.Namespace, directory: Path, state: dict[str, Any], basis: Basis | None
+    args: argparse.Namespace, file: Path, state: dict[str, Any], basis: Basis | None
 ) -> tuple[list[dict], dict[str, Any]]:
-    """Load the checkpoint that --resume names into `state`; the rows and the progress so far."""
-    file = directory / "checkpoint.pt" if args.resume is True else args.resume
-    if not args.resume or (args.resume is True and not file.exists()):
-        return [], {}
+    """Load the checkpoint in `file` into `state`; the rows and the progress so far."""
     with refusing("--resume"):
         checkpoint = read(file)
         try:
             rows, progress = check_checkpoint(args, checkpoint, state["model"], basis, file)
             states = [(part, checkpoint["states"][name]) for name, part in state.items()]
+            load_into(*states[0])
+            for optimizer, saved in states[1:]:
+                load_optimizer(optimizer, saved, file)
         except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts") from error
-        load_into(*states[0])
-        for optimizer, saved in states[1:]:
-            load_optimizer(optimizer, saved, file)
     begun = f", and {progress['batches']} batches of the next" if progress.get("batches") else ""
     say(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
     return rows, progress
@@ -1484,6 +1491,9 @@ def check_checkpoint(
     epochs = [row["epoch"] for row in rows]
     if epochs != list(range(epochs[0], epochs[-1] + 1) if epochs else []) or not (rows or progress):
         raise ValueError(f"{file}: its rows are not of one epoch after another")
+    sums = [progress.get("seconds", 0.0), *progress.get("totals", {}).values()]
+    if progress.get("batches", 0) not in range(2**31) or not all(map(math.isfinite, sums)):
+        raise ValueError(f"{file}: its progress is not of an epoch")
     if not all(0 <= row["test_acc"] <= 100 and row["epoch"] > 0 for row in rows):
         raise ValueError(f"{file}: a row has no epoch or accuracy")
     return rows, progress
@@ -1517,9 +1527,10 @@ def locked(directory: Path) -> Iterator[None]:
     """
     file = directory / "lock"
     with file.open("a+") as stream:
+        os.register_at_fork(after_in_child=stream.close)  # processes that decode images outlive it
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             stream.seek(0)
             raise ValueError(f"{directory} is in use by process {stream.read()}") from error
         stream.truncate(0)
@@ -1556,11 +1567,11 @@ def clear(args: argparse.Namespace, directory: Path, start_anew: bool) -> None:
 
 def check_space(args: argparse.Namespace, model: nn.Module, numbers: range) -> None:
     """Say what disk space the samples still to come will take; refuse where it is not there."""
-    there = 0 if args.overwrite else sum((args.save_dir / f"{i}.pt").exists() for i in numbers)
-    count = len(numbers) - there
+    there = sum((args.save_dir / f"{i}.pt").exists() for i in numbers)
+    count = len(numbers) - (0 if args.overwrite else there)
     size = sum(value.nbytes for value in model.state_dict().values())
     # checkpoint.pt takes three sizes, twice while the next one is written, and model.th one.
-    needed = (count + 7) * size if count else 0
+    needed = (len(numbers) - there + 7) * size if count else 0
     disk = next(
         path for path in [args.save_dir, *args.save_dir.absolute().parents] if path.exists()
     )
@@ -1592,17 +1603,19 @@ def start_run(
     whatever else has a state_dict; it is loaded where --resume asks for that. `basis` is what
     basis.npz is to hold. Whatever can be refused is, before the first file is written.
     """
-    rows, progress = restore(args, directory, state, basis)
-    path = directory if args.resume is True else (args.resume or Path()).resolve().parent
-    own = args.resume and path.resolve() == directory.resolve()
+    own, rows, progress = directory / "checkpoint.pt", [], {}
+    # After a restart the run's own is further than the one it began with.
+    file = own if args.resume is True or (restarts() and own.exists()) else args.resume
+    if file and (file.exists() or args.resume is not True):
+        rows, progress = restore(args, file, state, basis)
     if world() > 1:
         dist.barrier()  # nobody reads any more what is cleared now
     with refusing("--save-dir"), contextlib.ExitStack() as stack:
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(directory))
-            if not (rows or progress) or not own:
-                clear(args, directory, start_anew=args.resume is True)
+            if not (rows or progress) or file.resolve() != own.resolve():
+                clear(args, directory, start_anew=args.resume is True or restarts() > 0)
         lock = stack.pop_all()
     atexit.register(lock.close)
     config = {
@@ -1626,8 +1639,11 @@ def start_run(
         numbers = range(args.epochs * steps // args.sample_every + 1)
         config["sample_epochs"] = [round(i * args.sample_every / steps, 6) for i in numbers]
     if basis:
-        config["samples"] = list(range(args.params_start, args.params_end, args.params_stride))
         config["k"] = len(basis.basis)
+    if numbers := sample_range(vars(args)):
+        config["samples"] = list(numbers)
+        # With it a report can tell that the samples are still those that were used.
+        config["fingerprint"] = fingerprint([args.save_dir / f"{number}.pt" for number in numbers])
     save(directory / "config.json", json.dumps(config, indent=2) + "\n")
     if basis and computed_from(directory / "basis.npz") != basis.computed_from:
         # A part of the columns is no basis: without any, the file has the variances.
@@ -1738,9 +1754,9 @@ def train_epoch(
     seeds = random_stream(args.randomseed, "network", epoch).integers(2**63, size=steps)
     done = progress.get("batches", 0)
     totals: Counter = Counter()  # sums on the device
-    for key, total in progress.get("totals", {}).items():  # of all processes; "finite" of each
-        own = total if rank() == 0 or key == "finite" else 0.0
-        totals[key] = torch.as_tensor(own, device=args.device)
+    for key, total in progress.get("totals", {}).items():  # of all processes
+        totals[key] = torch.as_tensor(total if rank() == 0 else 0.0, device=args.device)
+    totals["finite"] = done
     batches = until_asked(images.epoch(epoch, done), asked, every=10)
     every = getattr(args, "sample_every", None) or steps
     name, seen = f"epoch {epoch + 1}", sum(sizes[:done])
@@ -1795,7 +1811,7 @@ def check_finite(run: Run, totals: Mapping[str, Tensor], epoch: int, steps: int)
 
 def fit(
     run: Run,
-    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Any]]],
+    step: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, dict[str, Any]]],
     export: Callable[[], dict[str, Tensor]],
     after_step: Callable[[int], None] = lambda iteration: None,
 ) -> dict:
@@ -1830,7 +1846,6 @@ def fit(
             if progress := run.progress:
                 check_finite(run, progress["totals"], epoch, progress["batches"])
                 progress["totals"] = sum_over_processes(progress["totals"])
-                progress["totals"]["finite"] = progress["batches"]
             synchronise(run.state["model"])
             save_checkpoint(run, summary(run, export()))
             if rank():
@@ -1860,6 +1875,9 @@ def train_and_test(
     if run.basis:
         row["coordinates"] = model.coordinates.tolist()  # the path in the plane
     if getattr(args, "bn_update", False):
+        # In it dropout draws, too.
+        seed = random_stream(args.randomseed, "statistics", epoch).integers(2**63)
+        torch.manual_seed(int(seed) + rank())
         # Compiled, it would be compiled anew for every count of batches.
         with torch.compiler.set_stance("force_eager"):
             update_bn(until_asked(run.data.train.epoch(epoch), asked), model)

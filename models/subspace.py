@@ -1,4 +1,4 @@
-"""A network restricted to a plane in its parameter space (Li et al., TPAMI 2022)."""
+"""A network restricted to an affine subspace of its parameters (Li et al., TPAMI 2022)."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,8 @@ class Combination(torch.autograd.Function):
 class Gathering(torch.autograd.Function):
     """The whole vector (n,), of which each process has n / processes numbers, the last one fewer.
 
-    The gradient is the sum of all processes'. Both send n numbers: what a basis in parts costs.
+    The gradient is the sum of all processes'. Forward and backward send n numbers each: what a
+    basis in parts costs.
     """
 
     @staticmethod
@@ -107,7 +108,10 @@ class Subspace(nn.Module):
     @torch.no_grad()
     def export(self) -> dict[str, torch.Tensor]:
         """The state dict of the plain model at θ(z), a copy."""
-        state = self.model.state_dict() | self._named(self.vector())
+        values = self._named(self.vector()).values()
+        of = dict(zip(self.model.parameters(), values, strict=True))
+        tied = self.model.named_parameters(remove_duplicate=False)  # a parameter with two names
+        state = self.model.state_dict() | {name: of[parameter] for name, parameter in tied}
         return {name: value.detach().clone() for name, value in state.items()}
 
     def _apply(

@@ -5,6 +5,7 @@ run. `fit` is replaced, so what is let in does not train: it fails the test.
 """
 
 import contextlib
+import io
 import json
 import pickle
 import shutil
@@ -171,6 +172,13 @@ def cut_archive(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def array_header(shape: tuple) -> bytes:
+    stream = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()
+
+
 # A basis of the user's own, and whether it is code.
 OWN_BASES = {
     "code.npy": (lambda file: np.save(file, EXPLOITS), True),
@@ -184,6 +192,7 @@ OWN_BASES = {
     "transposed.npy": (lambda file: np.save(file, np.eye(75290, 3)), False),
     "nan.npy": (lambda file: np.save(file, np.full((3, 75290), np.nan)), False),
     "directory.npy": (lambda file: file.mkdir(), False),
+    "huge.npy": (lambda file: file.write_bytes(array_header((10**7, 10**9))), False),
 }
 
 
@@ -613,6 +622,14 @@ EDITED_CHECKPOINTS = [
     (["states", "optimizer", "param_groups"], [[]]),
     (["states", "optimizer", "state", 0, "momentum_buffer"], [torch.zeros(2, 2)]),
     (["states", "optimizer", "state", 0, "momentum_buffer"], [torch.full((16, 3, 3, 3), np.nan)]),
+    (["states", "optimizer", "state", 0, "momentum_buffer"], ["x"]),
+    (["states", "optimizer", "state", 0, "momentum_buffer"], [3]),
+    (["states", "optimizer", "state", 0], [[1]]),
+    (["progress"], [None]),
+    (["progress"], [{"batches": "3"}]),
+    (["progress"], [{"batches": 2.5}]),
+    (["progress"], [{"batches": 2, "seconds": "long"}]),
+    (["progress"], [{"batches": 2, "totals": {"loss": float("nan")}}]),
     (["rows"], [None]),
     (["rows"], [[]]),
     (["rows"], [3]),
@@ -666,6 +683,7 @@ EDITED_BASES = {
     "one vector": lambda file: change_basis(file, basis=np.ones(75290, dtype=np.float32)),
     "not finite": lambda file: change_basis(file, basis=np.full((3, 75290), np.nan, np.float32)),
     "other bytes": change_bytes,
+    "an array": lambda file: file.write_bytes(array_header((2, 3)) + bytes(24)),
 }
 
 

@@ -25,6 +25,26 @@ def patches(num_classes):
     import timm
     return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=2, depth=2,
                              num_classes=num_classes)
+
+def few(num_classes):
+    return small(num_classes - 1)
+
+def rows(num_classes):
+    return small(num_classes)[:-2]
+
+class pair(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.network = small(num_classes)
+
+    def forward(self, images):
+        output = self.network(images)
+        return (output, output) if self.training else output
+
+class fails(pair):
+    def forward(self, images):
+        assert not self.training, "not for training"
+        return self.network(images)
 """
 
 
@@ -53,6 +73,23 @@ def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, re
     if name == "small":
         rows = report.main([save_dir, *out, "--arch", f"{module}:{name}"])
         assert rows[0]["train"][0] > least
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("few", "gives (2, 9) for two images, not (2, 10) numbers"),
+        ("rows", "gives (2, 8, 6, 6) for two images"),
+        ("pair", "gives tuple for two images"),
+        ("fails", "not for training"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_here_is_refused(name, message, module, tmp_path, refused):
+    arch = f"{module}:{name}"
+    line = refused(train_sgd.main, [*DIGITS, "--arch", arch, "--save-dir", tmp_path / "run"])
+    assert f"--arch {arch}: " in line
+    assert message in line
+    assert not (tmp_path / "run").exists()
 
 
 class Reader(nn.Module):

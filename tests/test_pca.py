@@ -92,6 +92,7 @@ def test_rows_are_orthonormal_and_ordered(samples, n, k, seed):
         (walk(5), 5, "at most 4"),
         (walk(5, 3), 4, "at most 3"),
         (walk(1), 0.5, "at most 0"),
+        (walk(5), 0, "at most 4"),
         (np.ones((5, 30)), 1, "span only 0"),
         (np.repeat(walk(3), 2, axis=0), 3, "span only 2"),
         ([torch.ones(10), torch.zeros(12), torch.ones(10)], 1, "differ in their shapes"),
@@ -102,6 +103,14 @@ def test_rows_are_orthonormal_and_ordered(samples, n, k, seed):
 def test_what_the_samples_do_not_allow_is_refused(samples, k, message):
     with pytest.raises(ValueError, match=message):
         utils.pca(samples, k)
+
+
+def test_whole_numbers_are_samples_too():
+    numbers = (100 * walk(6)).astype(int)
+    for ours, oracle in zip(
+        utils.pca(numbers, 3), utils.pca(numbers.astype(float), 3), strict=True
+    ):
+        assert torch.equal(ours, oracle)
 
 
 def test_load_samples_reads_the_named_ones(tmp_path):

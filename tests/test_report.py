@@ -266,6 +266,15 @@ def test_runs_with_other_settings_are_not_taken_for_seeds(runs, refused, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_on_samples_that_were_replaced_are_refused(runs, refused, tmp_path):
+    run = shutil.copytree(runs / "one", tmp_path / "run")
+    shutil.copy(run / "5.pt", run / "2.pt")
+    line = refused(report.main, [run, "--no-data", "--out", tmp_path / "out"])
+    assert "of samples that have been replaced" in line
+    (run / "2.pt").unlink()
+    assert report.main([str(run), "--no-data", "--out", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS
+from torch import nn
 
 import models
 import train_pbfgs
@@ -143,29 +144,36 @@ def test_handlers_are_given_back(tmp_path):
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_dropout_of_a_step_is_a_function_of_its_number(tmp_path, monkeypatch, capsys):
-    """An epoch stopped halfway draws on as if it had not been."""
+@pytest.mark.parametrize(("script", "moment"), [(train_sgd, 3), (train_psgd, 6)])
+def test_dropout_is_a_function_of_the_step(script, moment, tmp_path, monkeypatch, capsys):
+    """An epoch stopped halfway, or before BatchNorm is re-estimated, draws on as if it were not."""
 
     def build(arch, num_classes, image_size):
-        parts = [torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, num_classes)]
-        return torch.nn.Sequential(*parts)
+        parts = [nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
+        return nn.Sequential(*parts, nn.BatchNorm1d(num_classes))
 
     monkeypatch.setattr(models, "build", build)
-    argv = [*DIGITS, "--epochs", "2", "--resume", "--save-dir"]
-    train_sgd.main([*argv, str(tmp_path / "unbroken")])
+    options = [*DIGITS, "--epochs", "2", "--resume"]
+    train_sgd.main([*options, "--save-dir", str(tmp_path / "unbroken")])
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    if script is train_sgd:
+        shutil.rmtree(tmp_path / "broken")
+    else:
+        options += ["--params_end", "3", "--n_components", "2", "--bn-update"]
+        script.main([*options, "--save-dir", str(tmp_path / "unbroken")])
     cross_entropy, calls = utils.cross_entropy, []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == moment:
             os.kill(os.getpid(), signal.SIGINT)
         return cross_entropy(*args)
 
     monkeypatch.setattr(utils, "cross_entropy", interrupted)
     with pytest.raises(SystemExit):
-        train_sgd.main([*argv, str(tmp_path / "broken")])
-    train_sgd.main([*argv, str(tmp_path / "broken")])
-    assert "3 batches of the next" in capsys.readouterr().out
+        script.main([*options, "--save-dir", str(tmp_path / "broken")])
+    script.main([*options, "--save-dir", str(tmp_path / "broken")])
+    assert f"{moment} batches of the next" in capsys.readouterr().out
     assert differences(tmp_path / "broken", tmp_path / "unbroken") == []
 
 
@@ -279,6 +287,15 @@ def test_samples_that_will_not_fit_are_refused(tmp_path, refused, monkeypatch, c
             assert not (tmp_path / "a").exists()
 
 
+def test_what_is_overwritten_takes_no_room(sampled, tmp_path, monkeypatch, capsys):
+    """Seven of the twelve samples are there, and seven more sizes are for the checkpoints."""
+    usage, save_dir = shutil.disk_usage("/"), shutil.copytree(sampled, tmp_path / "run")
+    free = usage._replace(free=12 * 303_136)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    train_sgd.main([*DIGITS, "--epochs", "11", "--save-dir", str(save_dir), "--overwrite"])
+    assert "12 samples of 0.3 MiB" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("components", ["5", "0.99999"])
 def test_a_basis_that_will_not_fit_is_refused(components, sampled, refused, monkeypatch):
     """resnet8 has 75,290 parameters: two rows of four bytes fit into 700,000 bytes."""
@@ -290,6 +307,9 @@ def test_a_basis_that_will_not_fit_is_refused(components, sampled, refused, monk
     assert not (sampled / "psgd").exists()
     line = refused(train_psgd.main, [*argv, "--basis-dtype", "bfloat16"])
     assert "4 would fit" in line
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if not torch.cuda.is_available():
+        assert "1 would fit" in refused(train_psgd.main, argv), "two processes share the memory"
 
 
 def test_free_memory_is_what_the_system_says():
@@ -422,6 +442,47 @@ def test_a_second_run_says_who_holds_the_directory(tmp_path, refused):
     left = {file.name for file in directory.iterdir()}
     assert left == {"0.pt", "1.pt", "checkpoint.pt", "config.json", "metrics.jsonl", "mine.tmp",
                     "model.th"}  # fmt: skip
+
+
+FORK = """
+import os, signal, sys, time, utils
+with utils.locked(utils.Path(sys.argv[1])):
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_decodes_images_does_not_hold_the_directory_of_one_that_was_killed(tmp_path):
+    command = [sys.executable, "-c", FORK, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        child = int(holder.stdout.readline())
+        holder.wait()
+        try:
+            with utils.locked(tmp_path):
+                os.kill(child, 0)  # it is still there
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_after_a_restart_a_run_goes_on_from_its_own_checkpoint(
+    sampled, tmp_path, monkeypatch, capsys
+):
+    """torchrun repeats the command, whatever --resume names in it."""
+    argv = [*DIGITS, "--resume", str(sampled / "checkpoint.pt"), "--save-dir", str(tmp_path)]
+    train_sgd.main([*argv, "--epochs", "7"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train_sgd.main([*argv, "--epochs", "8"])
+    assert f"{tmp_path / 'checkpoint.pt'}: 7 epochs are done" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    for file in ("checkpoint.pt", "metrics.jsonl"):
+        (tmp_path / file).unlink()  # as if it had died before its first checkpoint
+    train_sgd.main([*argv, "--epochs", "8"])
+    again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["test_loss"] for row in again] == [row["test_loss"] for row in rows]
 
 
 def test_subspace_runs_do_not_hold_each_other_up(sampled, tmp_path):

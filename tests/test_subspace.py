@@ -49,6 +49,25 @@ def test_export_is_the_plain_network_at_theta(tiny, batch, orthonormal):
     assert subspace.export()["0.weight"].any(), "the export is a copy"
 
 
+def test_export_has_both_names_of_tied_parameters(orthonormal):
+    """Oracle: the network that the state dict is loaded into, tied or not."""
+
+    def build(tied):
+        network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).double()
+        if tied:
+            network[1].weight = network[0].weight
+        return network
+
+    network = build(tied=True)
+    subspace = Subspace(network, orthonormal(3, utils.flatten(network).numel()))
+    subspace.coordinates.data.fill_(5)
+    inputs = torch.randn(2, 4, dtype=torch.float64)
+    for tied in (True, False):
+        plain = build(tied)
+        plain.load_state_dict(subspace.export())
+        torch.testing.assert_close(plain(inputs), subspace(inputs))
+
+
 def test_only_the_coordinates_train(tiny, orthonormal):
     subspace = Subspace(tiny, orthonormal(5, 166))
     trainable = [name for name, p in subspace.named_parameters() if p.requires_grad]
