@@ -1492,7 +1492,8 @@ def check_checkpoint(
     if epochs != list(range(epochs[0], epochs[-1] + 1) if epochs else []) or not (rows or progress):
         raise ValueError(f"{file}: its rows are not of one epoch after another")
     sums = [progress.get("seconds", 0.0), *progress.get("totals", {}).values()]
-    if progress.get("batches", 0) not in range(2**31) or not all(map(math.isfinite, sums)):
+    begun = progress.get("batches", 0)
+    if not isinstance(begun, int) or begun < 0 or not all(map(math.isfinite, sums)):
         raise ValueError(f"{file}: its progress is not of an epoch")
     if not all(0 <= row["test_acc"] <= 100 and row["epoch"] > 0 for row in rows):
         raise ValueError(f"{file}: a row has no epoch or accuracy")

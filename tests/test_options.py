@@ -183,7 +183,6 @@ BAD_VALUES = [
     ((PSGD,), "--params_end 2147483647", "lacks the samples 7, 8, …, 2147483646"),
     ((PSGD,), "--basis random --n_components 75291", "75291"),
     ((SGD,), "--arch resnet18 --batch-size 1", "--batch-size 1"),
-    ((PBFGS,), "--batch-size 1 --accumulate 4", "--batch-size 1: a batch of one image"),
     ((SGD,), "--arch resnet18 --smalldatasets 0.001", "--smalldatasets 0.001"),
     ((SGD,), "--evaluate --pretrained RUN/model.th --resume nowhere.pt", "--resume"),
     ((PSGD,), "--start mean --pretrained RUN/model.th", "--start"),

@@ -26,6 +26,9 @@ def patches(num_classes):
     return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=2, depth=2,
                              num_classes=num_classes)
 
+def flat(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes), nn.BatchNorm1d(num_classes))
+
 def few(num_classes):
     return small(num_classes - 1)
 
@@ -90,6 +93,15 @@ def test_a_network_that_cannot_be_trained_here_is_refused(name, message, module,
     assert f"--arch {arch}: " in line
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_one_image_are_refused_though_many_make_a_step(module, tmp_path, refused):
+    options = [*DIGITS, "--arch", f"{module}:flat", "--epochs", "2", "--save-dir", str(tmp_path)]
+    train_sgd.main(options)
+    single = ["--batch-size", "1", "--accumulate", "4", "--n_components", "2", "--params_end", "3"]
+    line = refused(train_pbfgs.main, [*options, *single])
+    assert "--batch-size 1: a batch of one image" in line
+    assert train_pbfgs.main([*options, *single[2:]])["epoch"] == 2
 
 
 class Reader(nn.Module):
