@@ -1801,6 +1801,7 @@ def check_finite(run: Run, totals: Mapping[str, Tensor], epoch: int, steps: int)
     if finite == steps and torch.stack([p.isfinite().all() for p in parameters]).all():
         return
     cure = f"a smaller --lr than {run.args.lr:g}" if "lr" in run.args else "a larger --batch-size"
+    cure = "a smaller --alpha" if getattr(run.args, "alpha", 0) else cure
     cure += " or no --half" if run.args.half else ""
     lr = next((f" at lr {g['lr']:g}" for g in run.state["optimizer"].param_groups if "lr" in g), "")
     file = run.directory / "checkpoint.pt"

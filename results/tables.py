@@ -9,6 +9,7 @@ after; networks.json is what networks.py left. A table stands between <!-- table
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import report
@@ -24,6 +25,8 @@ METHODS = {  # as the first page names them, and how report.py's names begin
     "P-SGD in a random plane": "P-SGD, random basis",
 }
 SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8)), "cifar-small": ("CIFAR-10", (0.0, 0.4))}
+
+TIMED = ("digits-full",)  # the others shared the machine
 
 
 def measured(target: str) -> dict:
@@ -68,14 +71,21 @@ def published_table() -> str:
     return report.markdown(["", "k", "epochs in all", "final", "best", "train"], rows)
 
 
+def told(target: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, without seconds that were measured beside other work."""
+    kept = [i for i, name in enumerate(columns) if target in TIMED or "seconds" not in name]
+    columns, *rows = ([line[i] for i in kept] for line in (columns, *rows))
+    return report.markdown(columns, rows)
+
+
 def target_tables(target: str) -> str:
     """All tables of a target, and on what they were measured."""
     content = measured(target)
     text = f"\n{report.machine_text(content['machine'])}\n"
     for experiment, lines in report.by_experiment(content["lines"]).items():
         text += f"\n### {experiment}; {report.seeds_text(lines)}\n\n"
-        text += report.markdown(*report.results_table(lines))
-        text += f"\n{report.COST}\n\n{report.markdown(*report.cost_table(lines))}"
+        text += told(target, *report.results_table(lines))
+        text += f"\n{report.COST}\n\n{told(target, *report.cost_table(lines))}"
     return text + "\n"
 
 

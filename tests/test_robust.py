@@ -319,7 +319,7 @@ def test_free_memory_is_what_the_system_says():
 
 
 @pytest.mark.parametrize(
-    ("name", "cure"), [("sgd", "--lr"), ("psgd", "--lr"), ("pbfgs", "--batch-size")]
+    ("name", "cure"), [("sgd", "--lr"), ("psgd", "--lr"), ("pbfgs", "--alpha")]
 )
 def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypatch, refused):
     """From the fourth batch of the third epoch on; the checkpoint of the second is still there."""
