@@ -56,7 +56,8 @@ def average(args: argparse.Namespace) -> dict:
     model = utils.make_model(args, models.build, data)
     began = time.perf_counter()
     with utils.refusing("--average"):
-        utils.check_samples(args, samples, model)
+        for sample in samples:
+            utils.check_fits(sample, model, sample.file, args.arch)
     utils.load_into(model, utils.mean_of(samples))
     update_bn(data.train.epoch(), model)
     seconds = time.perf_counter() - began

@@ -778,9 +778,7 @@ BLOCK = 2**24  # numbers of all samples together that PCA holds in float64 at a 
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def load_samples(
-    save_dir: str | Path, start: int, end: int, stride: int = 1
-) -> list[Mapping[str, Tensor]]:
+def load_samples(save_dir: str | Path, start: int, end: int, stride: int = 1) -> list["Sample"]:
     """The state dicts start.pt, … below end, read only where and when they are used.
 
     Raises FileNotFoundError that says which are missing and which are there, and ValueError for a
@@ -1236,12 +1234,6 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch:
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
 
 
-def check_samples(args: argparse.Namespace, samples: Sequence["Sample"], model: nn.Module) -> None:
-    """ValueError for a sample that is not of the model."""
-    for sample in samples:
-        check_fits(sample, model, sample.file, args.arch)
-
-
 def check_values(state: Mapping[str, Tensor], file: Path) -> None:
     """ValueError for a state, read from `file`, that holds what is not finite."""
     for name, value in state.items():
@@ -1357,7 +1349,7 @@ def run_directory(args: argparse.Namespace, method: str) -> Path:
     return args.save_dir / (args.run or name)
 
 
-def load_trajectory(args: argparse.Namespace) -> list[Mapping[str, Tensor]]:
+def load_trajectory(args: argparse.Namespace) -> list[Sample]:
     """The samples the options name, once it is clear that they are of the same experiment."""
     if not args.save_dir.is_dir():
         refuse(f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it")
@@ -1368,9 +1360,7 @@ def load_trajectory(args: argparse.Namespace) -> list[Mapping[str, Tensor]]:
         return load_samples(args.save_dir, args.params_start, args.params_end, args.params_stride)
 
 
-def extract(
-    args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], model: nn.Module
-) -> Basis:
+def extract(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> Basis:
     """PCA of the samples, or what an earlier run on this trajectory saved of the same PCA.
 
     `model` is put where training in the subspace starts: at the first sample, unless --pretrained
@@ -1379,7 +1369,8 @@ def extract(
     numbers = sample_range(vars(args))
     files = [args.save_dir / f"{number}.pt" for number in numbers]
     with refusing():
-        check_samples(args, samples, model)
+        for sample in samples:
+            check_fits(sample, model, sample.file, args.arch)
     if args.start == "mean":
         load_into(model, mean_of(samples))
     elif args.start is not None or not args.pretrained:
@@ -1415,7 +1406,7 @@ def extract(
 
 
 def make_basis(
-    args: argparse.Namespace, samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], n: int
+    args: argparse.Namespace, samples: Sequence[Sample], names: Sequence[str], n: int
 ) -> tuple[Tensor, Tensor]:
     """The basis (k, n) of --basis, and the variance it explains: NaN where that is not known.
 
@@ -1615,7 +1606,7 @@ def start_run(
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(directory))
-            if not (rows or progress) or file.resolve() != own.resolve():
+            if not (rows or progress) or file.resolve().parent != directory.resolve():
                 clear(args, directory, start_anew=args.resume is True or restarts() > 0)
         lock = stack.pop_all()
     atexit.register(lock.close)
