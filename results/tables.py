@@ -35,7 +35,7 @@ def measured(target: str) -> dict:
 
 
 def of_methods(target: str, noise: float) -> dict[str, dict]:
-    """The line of each of METHODS in an experiment, without variations."""
+    """The line of each of METHODS that an experiment has, without variations."""
     lines = [line for line in measured(target)["lines"] if line["noise"] == noise]
     found = {}
     for name, method in METHODS.items():
@@ -46,7 +46,9 @@ def of_methods(target: str, noise: float) -> dict[str, dict]:
     found["SGD, at the last sample"] = [
         line for line in found["SGD, at the last sample"] if line["in all"] == mean["in all"]
     ]
-    return {name: line for name, (line,) in found.items()}
+    if any(len(own) > 1 for own in found.values()):
+        raise ValueError(f"{target}.json: several lines of a method")
+    return {name: line for name, own in found.items() for line in own}
 
 
 def main_table() -> str:
