@@ -372,6 +372,22 @@ def test_run_sh_refuses(number, started):
     assert files(project) == before
 
 
+@pytest.mark.parametrize("option", ["--save-dir", "--data-dir"])
+def test_a_directory_that_one_may_not_enter(option, refused, tmp_path, monkeypatch):
+    """Root may enter any, so the system's answer is made up."""
+    secret, exists = tmp_path / "secret", Path.exists
+
+    def entered(path):
+        if path == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", entered)
+    line = refused(SGD.main, [*DIGITS, "--save-dir", tmp_path / "run", option, secret])
+    assert f"{option}: " in line
+    assert "Permission denied" in line
+
+
 def test_cuda_is_refused_where_there_is_none(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = refused(SGD.main, [*DIGITS, "--device", "cuda", "--save-dir", tmp_path / "new"])

@@ -256,13 +256,20 @@ def test_a_browser_shows_it(made, tmp_path):
     assert not seen["wide"], "tables scroll by themselves"
 
 
-def test_runs_with_other_settings_are_not_taken_for_seeds(runs, refused, tmp_path):
-    shutil.copytree(runs / "two", tmp_path / "run")
-    config = tmp_path / "run" / "psgd" / "config.json"
-    config.write_text(config.read_text().replace('"lr": 1.0', '"lr": 0.3'))
+@pytest.mark.parametrize(
+    ("files", "name", "value", "other"),
+    [("psgd/config.json", "lr", "1.0", "0.3"), ("**/config.json", "image_size", "8", "9")],
+)
+def test_runs_with_other_settings_are_not_taken_for_seeds(
+    files, name, value, other, runs, refused, tmp_path
+):
+    shutil.copytree(runs / "one", tmp_path / "run")
+    for config in (tmp_path / "run").glob(files):
+        changed = config.read_text().replace(f'"{name}": {value},', f'"{name}": {other},')
+        config.write_text(changed)
     options = [runs / "one", tmp_path / "run", "--no-data", "--out", tmp_path / "out"]
     line = refused(report.main, options)
-    assert "lr is 1.0 and 0.3" in line
+    assert f"{name} is {value} and {other}" in line
     assert not (tmp_path / "out").exists()
 
 
