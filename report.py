@@ -7,6 +7,7 @@ Directories of the same network, data, label noise and epochs are taken as seeds
 
 import argparse
 import base64
+import functools
 import html
 import json
 import math
@@ -136,6 +137,12 @@ def lines_of(save_dir: Path) -> list[Line]:
         last = math.ceil(epochs[number]) if epochs else number
         return [row for row in sgd if row["epoch"] <= last]
 
+    @functools.cache  # many runs take the same samples
+    def digest(numbers: range) -> str | None:
+        """Of samples that are all there: they take room, and may have been removed."""
+        files = [save_dir / f"{number}.pt" for number in numbers]
+        return utils.fingerprint(files) if all(file.exists() for file in files) else None
+
     lines = []
     for directory in (file.parent for file in save_dir.glob("*/metrics.jsonl")):
         own_config, rows = read_run(directory)
@@ -143,17 +150,16 @@ def lines_of(save_dir: Path) -> list[Line]:
         if any(own[option] != arguments[option] for option in utils.EXPERIMENT):
             raise ValueError(f"{directory} is not of the experiment in {save_dir}")
         numbers = utils.sample_range(own)
-        files = [save_dir / f"{number}.pt" for number in numbers]
-        if all(file.exists() for file in files):  # samples take room, and may have been removed
-            there = utils.fingerprint(files)
-            if own_config.get("fingerprint", there) != there:
-                raise ValueError(f"{directory} is of samples that have been replaced since")
+        told = own_config.get("fingerprint")
+        if told and digest(numbers) not in (told, None):
+            raise ValueError(f"{directory} is of samples that have been replaced since")
         sampled = sampled_by(numbers[-1])
         if own.get("average"):
             method = f"mean of the samples {numbers[0]} to {numbers[-1]}"
             lines.append(line(method, 0, rows, sampled, weights, own_config))
             continue
-        at_last = line("SGD to the last sample", "n", sampled, [], files[-1], config)
+        weights_at_last = save_dir / f"{numbers[-1]}.pt"
+        at_last = line("SGD to the last sample", "n", sampled, [], weights_at_last, config)
         if sampled and at_last not in lines:
             lines.append(at_last)
         if isinstance(own["start"], int):  # it may lie beyond the samples

@@ -1366,8 +1366,6 @@ def extract(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Modul
     `model` is put where training in the subspace starts: at the first sample, unless --pretrained
     named another start.
     """
-    numbers = sample_range(vars(args))
-    files = [args.save_dir / f"{number}.pt" for number in numbers]
     with refusing():
         for sample in samples:
             check_fits(sample, model, sample.file, args.arch)
@@ -1379,7 +1377,7 @@ def extract(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Modul
             load_file(args, model, args.save_dir / f"{start}.pt")
     names = [name for name, _ in model.named_parameters()]
     n = sum(parameter.numel() for parameter in model.parameters())
-    of = files if args.basis in BASES else [Path(args.basis)]
+    of = [sample.file for sample in samples] if args.basis in BASES else [Path(args.basis)]
     with refusing("--basis", OSError):
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
         options += ["in parts"] if args.shard_basis else []
@@ -1399,7 +1397,7 @@ def extract(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Modul
     say(
         f"subspace: {args.basis}, {len(basis.basis)} directions"
         + (f", {explained:.2%} of the variance" if explained.isfinite() else "")
-        + f" of {len(samples)} samples ({shorten(numbers)})"
+        + f" of {len(samples)} samples ({shorten(sample_range(vars(args)))})"
         + where
     )
     return basis

@@ -155,10 +155,8 @@ def test_dropout_is_a_function_of_the_step(script, moment, tmp_path, monkeypatch
     monkeypatch.setattr(models, "build", build)
     options = [*DIGITS, "--epochs", "2", "--resume"]
     train_sgd.main([*options, "--save-dir", str(tmp_path / "unbroken")])
-    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
-    if script is train_sgd:
-        shutil.rmtree(tmp_path / "broken")
-    else:
+    if script is train_psgd:
+        shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
         options += ["--params_end", "3", "--n_components", "2", "--bn-update"]
         script.main([*options, "--save-dir", str(tmp_path / "unbroken")])
     cross_entropy, calls = utils.cross_entropy, []
