@@ -1,8 +1,8 @@
-"""2. P-BFGS: BFGS on the coordinates in the plane that the sampled trajectory spans.
+"""2. P-BFGS: BFGS on the coordinates in the subspace that the sampled trajectory spans.
 
     python train_pbfgs.py --arch resnet20 --params_end 81 -b 1024 --epochs 20 --save-dir save
 
-With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the plane.
+With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the subspace.
 """
 
 import argparse
@@ -11,9 +11,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
-import utils
+from basis import find_basis, load_start, load_subspace_samples, run_directory
+from cli import (
+    Parser,
+    add_subspace_options,
+    entry_point,
+    fraction,
+    get_parser,
+    nonnegative,
+    parse_args,
+    positive,
+)
+from distributed import all_mean, broadcast, world_size
+from engine import Run, build_model, cross_entropy, evaluate_only, l2_penalty
+from utils import batch_sizes, load_data
 
 
 class PBFGS(torch.optim.Optimizer):
@@ -37,8 +51,8 @@ class PBFGS(torch.optim.Optimizer):
     def step(self, evaluate: Callable[[], Tensor], loss: Tensor) -> int:
         """Move z, whose .grad is g; returns the number of rejected trials.
 
-        `loss` is the mini-batch loss at z, and `evaluate()` returns it at the z of the moment. Each
-        trial is a host sync: what comes next depends on it.
+        `loss` is the mini-batch loss at z, and `evaluate()` returns it at the current z. Each trial
+        is a host sync: what comes next depends on it.
         """
         group = self.param_groups[0]
         (z,) = group["params"]
@@ -50,11 +64,14 @@ class PBFGS(torch.optim.Optimizer):
             state["B"] = torch.eye(len(z), dtype=z.dtype, device=z.device)
         start = z.clone()
         s = -state["B"] @ g
-        rejected = 0
+        # Processors round products differently: all processes take rank 0's step and slope, and
+        # with losses that are means over the processes decide alike in every trial.
+        s, slope = broadcast(torch.cat([s, (g @ s)[None]])).split([len(z), 1])
+        slope, rejected = slope[0], 0
         z.copy_(start + s)
-        while rejected < group["max_trials"] and not evaluate() < loss + group["sigma"] * (g @ s):
+        while rejected < group["max_trials"] and not evaluate() < loss + group["sigma"] * slope:
             rejected += 1
-            s = group["rho"] * s
+            s, slope = group["rho"] * s, group["rho"] * slope
             z.copy_(start + s)
         state.update(g=g, s=s)
         return rejected
@@ -73,10 +90,16 @@ def update_inverse_hessian(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm goes on normalising with the batch, but leaves its running statistics alone."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def frozen_buffers(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside normalize with the batch, and leave every buffer as it was.
+
+    BatchNorm is told not to track; the buffers of other layers are copied and put back.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     tracking = [layer.track_running_stats for layer in layers]
+    untracked = {id(buffer) for layer in layers for buffer in layer.buffers()}
+    others = [buffer for buffer in model.buffers() if id(buffer) not in untracked]
+    saved = [buffer.clone() for buffer in others]
     try:
         for layer in layers:
             layer.track_running_stats = False
@@ -84,98 +107,123 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, tracks in zip(layers, tracking, strict=True):
             layer.track_running_stats = tracks
+        for buffer, value in zip(others, saved, strict=True):
+            buffer.copy_(value)
 
 
-def make_step(
-    args: argparse.Namespace,
-    subspace: models.Subspace,
-    optimizer: PBFGS,
-    residual: torch.optim.Optimizer | None,
-) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, dict]]:
-    """The step that trains on --accumulate batches, given as one; `residual` moves the origin."""
-    z = subspace.coordinates
+class Batch:
+    """The images of one step: their loss and gradient at z, and their loss at any other z.
 
-    def losses(images: Tensor, labels: Tensor, weight: float, seed: int, half: bool) -> Iterator:
-        """Batch by batch its part of the step's mean loss, and the network's output."""
-        torch.manual_seed(seed)  # all trials of a step see the same dropout
-        whole = round(len(images) * utils.world() / weight)  # the images of all processes
-        batches = len(utils.batch_sizes(whole, args.batch_size))
-        for batch in zip(images.tensor_split(batches), labels.tensor_split(batches), strict=True):
-            loss, output = utils.cross_entropy(subspace, *batch, half)
-            yield loss * (len(output) / len(images)), output
+    They are --accumulate batches, which go through the network one by one; `weight` is that of
+    this process's mean loss in the mean over all processes.
+    """
 
-    def step(images: Tensor, labels: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor, dict]:
-        subspace.zero_grad()
-        seed = torch.initial_seed() + 1
-        total, outputs = 0, []
-        for loss, output in losses(images, labels, weight, seed, args.half):
-            (loss * weight).backward()
+    def __init__(
+        self, args: argparse.Namespace, subspace: models.Subspace, images: Tensor, labels: Tensor,
+        weight: float
+    ) -> None:  # fmt: skip
+        self.args, self.subspace, self.weight = args, subspace, weight
+        whole = round(len(images) * world_size() / weight)  # the images of all processes
+        count = len(batch_sizes(whole, args.batch_size))
+        self.batches = list(
+            zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
+        )
+        self.size = len(images)
+        self.seed = torch.initial_seed() + 1
+
+    def losses(self, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch its part of the mean loss, and the logits."""
+        torch.manual_seed(self.seed)  # all trials of a step see the same dropout
+        for images, labels in self.batches:
+            loss, logits = cross_entropy(self.subspace, images, labels, half)
+            yield loss * (len(labels) / self.size), logits
+
+    def backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Add up the gradients, averaged over the processes.
+
+        Returns this process's mean loss, the logits, and the loss that the line search starts from.
+        """
+        total, logits = 0, []
+        for loss, part in self.losses(self.args.half):
+            (loss * self.weight).backward()
             total += loss.detach()
-            outputs.append(output.detach())
-        penalty = utils.penalty(args, subspace)
-        if args.weight_decay:
+            logits.append(part.detach())
+        penalty = l2_penalty(self.args, self.subspace)
+        if self.args.weight_decay:
             penalty.backward()
-        utils.mean_over_processes(z.grad)
-        if residual is not None:
-            utils.mean_over_processes(subspace.origin.grad)
+        for parameter in (self.subspace.coordinates, self.subspace.origin):
+            if parameter.requires_grad:
+                all_mean(parameter.grad)
+        start = self.evaluate() if self.args.half else self.mean(total)
+        return total, torch.cat(logits), start
 
-        @torch.no_grad()
-        def evaluate() -> Tensor:
-            with frozen_statistics(subspace.model):
-                # Never in bfloat16, whose error is of the order of the decrease looked for.
-                parts = sum(loss for loss, _ in losses(images, labels, weight, seed, half=False))
-                # Of all processes, so that all take the same branch.
-                return utils.mean_over_processes(parts * weight) + utils.penalty(args, subspace)
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        """The loss at the current z, the mean over all processes; it leaves no trace."""
+        with frozen_buffers(self.subspace.model):
+            # Never in bfloat16, whose error is of the order of the decrease looked for.
+            return self.mean(sum(loss for loss, _ in self.losses(half=False)))
 
-        before = utils.mean_over_processes(total * weight) + penalty
-        trials = optimizer.step(evaluate, evaluate() if args.half else before)
-        if residual is not None:
-            # (I − PᵀP) ∇L, the part of the gradient that the subspace has no use for.
-            subspace.origin.grad -= subspace.combine(z.grad)
-            residual.step()
-        length = optimizer.state[z]["s"].norm()
-        return total, torch.cat(outputs), {"trials": trials, "step_length": length}
-
-    return step
+    @torch.no_grad()
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean over all processes of a loss of this one, with the L2 penalty."""
+        return all_mean(loss * self.weight + l2_penalty(self.args, self.subspace))
 
 
-def options() -> utils.Parser:
+@torch.no_grad()
+def step_outside(subspace: models.Subspace, optimizer: torch.optim.Optimizer) -> None:
+    """Move the origin along (I − PᵀP) ∇L, the part of the gradient that the subspace leaves out."""
+    subspace.origin.grad -= subspace.combine(subspace.coordinates.grad)
+    optimizer.step()
+
+
+def get_options() -> Parser:
     """The command line."""
-    about = __doc__.splitlines()[0]
-    parser = utils.parser(about, models, "resnet32", epochs=100, weight_decay=0.0)
-    utils.add_subspace_options(parser)
-    # fmt: off
-    parser.add("--alpha", type=utils.amount, metavar="A", default=0.0,
-        help="step size along the gradient outside the subspace")
-    parser.add("--gamma", type=utils.fraction, metavar="G", default=0.9,
-        help="momentum of that step")
-    parser.add("--accumulate", type=utils.positive, metavar="N", default=1,
-        help="batches a step; gradient and line search are of all of them")
-    # fmt: on
+    parser = get_parser(__doc__.splitlines()[0], "resnet32", epochs=100, weight_decay=0.0)
+    add_subspace_options(parser)
+    add = parser.add_argument
+    add("--alpha", type=nonnegative, metavar="A", default=0.0,
+        help="learning rate along the gradient outside the subspace")  # fmt: skip
+    add("--gamma", type=fraction, metavar="G", default=0.9, help="momentum of that step")
+    add("--accumulate", type=positive, metavar="N", default=1,
+        help="batches a step; gradient and line search are of all of them")  # fmt: skip
     return parser
 
 
+@entry_point
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train in the subspace of --save-dir's samples; returns the last metrics row."""
-    args = utils.parse(options(), argv)
-    directory = utils.run_directory(args, "pbfgs")
+    args = parse_args(get_options(), argv)
+    directory = run_directory(args, "pbfgs")
     if args.evaluate:
-        return utils.evaluate_only(args, models.build, directory)
-    samples = utils.load_trajectory(args)
-    data = utils.load_data(args)
-    model = utils.make_model(args, models.build, data)
-    basis = utils.extract(args, samples, model)
+        return evaluate_only(args, directory)
+    samples = load_subspace_samples(args)
+    data = load_data(args)
+    model = build_model(args, data)
+    load_start(args, samples, model)
+    basis = find_basis(args, samples, model)
     subspace = models.Subspace(model, basis.basis, args.shard_basis)
-    trials = 30 if args.datasets == "ImageNet" else 20
-    optimizer, residual = PBFGS([subspace.coordinates], max_trials=trials), None
-    state = {"model": subspace, "optimizer": optimizer}
+    z = subspace.coordinates
+    optimizer = PBFGS([z], max_trials=30 if args.datasets == "ImageNet" else 20)
+    others = {}
     if args.alpha:
-        residual = torch.optim.SGD([subspace.origin.requires_grad_()], args.alpha, args.gamma)
-        state["residual"] = residual
+        origin = subspace.origin.requires_grad_()
+        others["residual"] = torch.optim.SGD([origin], args.alpha, args.gamma)
 
-    run = utils.start_run(args, directory, data, model, state, basis)
-    return utils.fit(run, make_step(args, subspace, optimizer, residual), subspace.export)
+    with Run(args, directory, data, subspace, optimizer, basis, **others) as run:
+        for _ in run.epochs():
+            for images, labels, weight in run.batches():
+                subspace.zero_grad()
+                batch = Batch(args, subspace, images, labels, weight)
+                loss, logits, start = batch.backward()
+                trials = optimizer.step(batch.evaluate, start)
+                if args.alpha:
+                    step_outside(subspace, others["residual"])
+                length = optimizer.state[z]["s"].norm()
+                run.log(loss, logits, labels, trials=trials, step_length=length)
+            run.end_epoch()
+    return run.rows[-1]
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    main()

@@ -1,4 +1,4 @@
-"""2. P-SGD: plain SGD on the coordinates in the plane that the sampled trajectory spans.
+"""2. P-SGD: plain SGD on the coordinates in the subspace that the sampled trajectory spans.
 
 python train_psgd.py --arch resnet20 --params_end 81 --epochs 40 --save-dir save
 """
@@ -6,46 +6,58 @@ python train_psgd.py --arch resnet20 --params_end 81 --epochs 40 --save-dir save
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 import models
-import utils
+from basis import find_basis, load_start, load_subspace_samples, run_directory
+from cli import (
+    Parser,
+    add_schedule_options,
+    add_subspace_options,
+    entry_point,
+    get_parser,
+    parse_args,
+)
+from distributed import data_parallel
+from engine import Run, build_model, cross_entropy, evaluate_only, l2_penalty, set_lr
+from utils import load_data
 
 
-def options() -> utils.Parser:
+def get_options() -> Parser:
     """The command line."""
-    about = __doc__.splitlines()[0]
-    parser = utils.parser(about, models, "resnet32", epochs=100, weight_decay=0.0)
-    utils.add_schedule_options(parser, 1.0, "step size", [30, 50], "30 50")
-    utils.add_subspace_options(parser)
+    parser = get_parser(__doc__.splitlines()[0], "resnet32", epochs=100, weight_decay=0.0)
+    add_schedule_options(parser, 1.0, "learning rate", [30, 50])
+    add_subspace_options(parser)
     return parser
 
 
+@entry_point
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train in the subspace of --save-dir's samples; returns the last metrics row."""
-    args = utils.parse(options(), argv)
-    directory = utils.run_directory(args, "psgd")
+    args = parse_args(get_options(), argv)
+    directory = run_directory(args, "psgd")
     if args.evaluate:
-        return utils.evaluate_only(args, models.build, directory)
-    samples = utils.load_trajectory(args)
-    data = utils.load_data(args)
-    model = utils.make_model(args, models.build, data)
-    basis = utils.extract(args, samples, model)
+        return evaluate_only(args, directory)
+    samples = load_subspace_samples(args)
+    data = load_data(args)
+    model = build_model(args, data)
+    load_start(args, samples, model)
+    basis = find_basis(args, samples, model)
     subspace = models.Subspace(model, basis.basis, args.shard_basis)
     optimizer = torch.optim.SGD([subspace.coordinates], args.lr, args.momentum)
-    network = utils.parallel(subspace)
+    network = data_parallel(subspace)
 
-    def step(images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor, dict]:
-        optimizer.zero_grad()
-        loss, output = utils.cross_entropy(network, images, labels, args.half)
-        (loss * weight + utils.penalty(args, subspace)).backward()
-        optimizer.step()
-        return loss, output, {}
-
-    state = {"model": subspace, "optimizer": optimizer}
-    run = utils.start_run(args, directory, data, model, state, basis)
-    return utils.fit(run, step, subspace.export)
+    with Run(args, directory, data, subspace, optimizer, basis) as run:
+        for epoch in run.epochs():
+            set_lr(optimizer, args, epoch)
+            for images, labels, weight in run.batches():
+                optimizer.zero_grad()
+                loss, logits = cross_entropy(network, images, labels, args.half)
+                (loss * weight + l2_penalty(args, subspace)).backward()
+                optimizer.step()
+                run.log(loss, logits, labels)
+            run.end_epoch()
+    return run.rows[-1]
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    main()

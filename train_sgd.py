@@ -2,7 +2,7 @@
 
     python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save
 
-writes save/0.pt (the initialisation), save/1.pt, … (after each epoch, or --sample-every steps).
+writes save/0.pt (the initialization), save/1.pt, … (after each epoch, or --sample-every steps).
 """
 
 import argparse
@@ -12,113 +12,142 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch import nn
 
-import models
-import utils
+from basis import load_trajectory
+from checkpoint import check_disk, check_fits, copy_into, fingerprint, save
+from cli import Parser, add_schedule_options, entry_point, get_parser, natural, parse_args, positive
+from distributed import average_buffers, data_parallel, on_rank0, print0
+from engine import (
+    Run,
+    build_model,
+    cross_entropy,
+    evaluate,
+    evaluate_only,
+    recompute_statistics,
+    set_lr,
+)
+from errors import InputError, blame
+from utils import average, batch_sizes, load_data
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001}
-# Epochs after which the step size drops to a tenth.
+# Epochs after which the learning rate drops to a tenth.
 MILESTONES = {"CIFAR100": [150], "ImageNet": list(range(30, 1000, 30))}
 USUAL_MILESTONES = [100, 150]
 
 
-def options() -> utils.Parser:
+def get_options() -> Parser:
     """The command line."""
-    about = __doc__.splitlines()[0]
-    parser = utils.parser(about, models, "resnet20", epochs=200, weight_decay=1e-4)
-    rates = "step size (default: 0.1, with adam 0.001)"
-    usual = "100 150, on CIFAR100 150, on ImageNet every 30"
-    utils.add_schedule_options(parser, None, rates, None, usual)
-    parser.add_argument(
-        "--average",
-        type=utils.natural,
-        nargs=2,
-        metavar=("START", "END"),
-        help="no training: test the mean of the samples START to END − 1, BatchNorm re-estimated",
-    )
-    parser.add_argument("--sample-every", type=utils.positive, metavar="STEPS",
+    parser = get_parser(__doc__.splitlines()[0], "resnet20", epochs=200, weight_decay=1e-4)
+    rates = "learning rate (default: 0.1, with adam 0.001)"
+    usual = " (default: 100 150, on CIFAR100 150, on ImageNet every 30)"
+    add_schedule_options(parser, None, rates, None, usual)
+    add = parser.add_argument
+    add("--average", type=natural, nargs=2, metavar=("START", "END"),
+        help="no training: test the weight average of the samples START to END − 1, with "
+        "BatchNorm's statistics recomputed")  # fmt: skip
+    add("--sample-every", type=positive, metavar="STEPS",
         help="steps between samples, which are numbered 0, 1, … (default: an epoch)")  # fmt: skip
-    parser.add("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="what trains")
+    add("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="what trains")
     return parser
 
 
-def average(args: argparse.Namespace) -> dict:
-    """Test the mean of samples, and save it in the folder average/ of their directory."""
-    directory = args.save_dir / "average"
-    utils.check_config(args, args.save_dir / "config.json")
-    with utils.refusing("--average"):
-        samples = utils.load_samples(args.save_dir, *args.average)
-        if not samples:
-            raise ValueError(f"{args.average}: allowed: START below END")
-    data = utils.load_data(args)
-    model = utils.make_model(args, models.build, data)
-    began = time.perf_counter()
-    with utils.refusing("--average"):
-        for sample in samples:
-            utils.check_fits(sample, model, sample.file, args.arch)
-    utils.load_into(model, utils.mean_of(samples))
-    update_bn(data.train.epoch(), model)
-    seconds = time.perf_counter() - began
-    run = utils.start_run(args, directory, data, model, {"model": model})
-    row = {"epoch": 0, "seconds": seconds} | utils.evaluate(model, data.test, args.half)
-    with run.lock:
-        run.rows[:] = [row]
-        utils.save(directory / "model.th", utils.summary(run, model.state_dict()))
-        utils.save(directory / "metrics.jsonl", json.dumps(row) + "\n")
-    utils.say(f"{directory}: mean of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %")
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer."""
+    # Fused: one pass over all parameters, at 8 × 8 pixels 5 % of the step.
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(trained, momentum=args.momentum, **settings)
+    return torch.optim.Adam(trained, **settings)
+
+
+def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None:
+    """Write the state dict NUMBER.pt."""
+    average_buffers(model)
+    save(args.save_dir / f"{number}.pt", model.state_dict())
+
+
+def earlier_average(args: argparse.Namespace, directory: Path, source: str) -> dict | None:
+    """The row that an earlier --average of the same samples left; None where there is none."""
+    if args.resume is not True or not (directory / "model.th").exists():
+        return None
+    with blame(f"{directory}: not readable", Exception):
+        config = json.loads((directory / "config.json").read_text())
+        row = json.loads((directory / "metrics.jsonl").read_text())
+    if (config["arguments"].get("average"), config.get("fingerprint")) != (args.average, source):
+        raise InputError(f"--resume: {directory} holds another result; --overwrite it")
     return row
 
 
+def test_average(args: argparse.Namespace) -> dict:
+    """Test the weight average of samples, and save it in the folder average/ of their directory."""
+    if isinstance(args.resume, Path):
+        raise InputError("--resume: not with --average and a PATH; allowed: without one")
+    directory = args.save_dir / "average"
+    with blame("--average"):
+        samples = load_trajectory(args, range(*args.average))
+        if not samples:
+            raise ValueError(f"{args.average}: allowed: START below END")
+        source = fingerprint([sample.file for sample in samples])
+    if row := on_rank0(lambda: earlier_average(args, directory, source)):
+        print0(f"{directory}: was done, test accuracy {row['test_acc']:.2f} %")
+        return row
+    data = load_data(args)
+    model = build_model(args, data)
+    began = time.perf_counter()
+    with blame("--average"):
+        for sample in samples:
+            check_fits(sample, model, sample.file, args.arch)
+    copy_into(model, average(samples))
+    recompute_statistics(model, (images for images, _ in data.train.epoch()))
+    row = {"epoch": 0, "seconds": time.perf_counter() - began}
+    row |= evaluate(model, data.test.epoch(), args.half)
+    with Run(args, directory, data, model) as run:
+        run.rows.append(row)
+        run.save_results()
+    print0(f"{directory}: average of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %")
+    return row
+
+
+@entry_point
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train and sample into --save-dir; returns the last metrics row."""
-    args = utils.parse(options(), argv)
+    args = parse_args(get_options(), argv)
     if args.lr is None:
         args.lr = LEARNING_RATES[args.optimizer]
     if args.milestones is None:
         args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
     if args.evaluate:
-        return utils.evaluate_only(args, models.build, args.save_dir)
+        return evaluate_only(args, args.save_dir)
     if args.average:
-        if isinstance(args.resume, Path):
-            utils.refuse("--resume: not with --average and a PATH; allowed: without one")
-        return average(args)
-    data = utils.load_data(args)
-    model = utils.make_model(args, models.build, data)
-
-    # Fused: one pass over all parameters, at 8 × 8 pixels 5 % of the step.
-    settings = {"weight_decay": args.weight_decay, "fused": True}
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, **settings)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, **settings)
-
-    network = utils.parallel(model)
-
-    def step(images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor, dict]:
-        optimizer.zero_grad()
-        loss, output = utils.cross_entropy(network, images, labels, args.half)
-        (loss * weight).backward()
-        optimizer.step()
-        return loss, output, {}
-
-    steps = len(utils.batch_sizes(len(data.train), args.batch_size))
+        return test_average(args)
+    data = load_data(args)
+    model = build_model(args, data)
+    optimizer = make_optimizer(args, model)
+    network = data_parallel(model)
+    steps = len(batch_sizes(len(data.train), args.batch_size))
     every = args.sample_every or steps
-
-    def sample(iteration: int) -> None:
-        if iteration % every == 0:
-            utils.synchronise(model)
-            utils.save(args.save_dir / f"{iteration // every}.pt", model.state_dict())
-
     numbers = range(args.start_epoch * steps // every, args.epochs * steps // every + 1)
-    utils.check_space(args, model, numbers)
-    state = {"model": model, "optimizer": optimizer}
-    run = utils.start_run(args, args.save_dir, data, model, state)
-    if not run.rows and not run.progress:
-        sample(args.start_epoch * steps // every * every)
-    return utils.fit(run, step, model.state_dict, sample)
+    check_disk(args, model, numbers)
+
+    with Run(args, args.save_dir, data, model, optimizer) as run:
+        if run.fresh:
+            save_sample(args, model, numbers[0])
+        for epoch in run.epochs():
+            set_lr(optimizer, args, epoch)
+            for images, labels, weight in run.batches():
+                optimizer.zero_grad()
+                loss, logits = cross_entropy(network, images, labels, args.half)
+                (loss * weight).backward()
+                optimizer.step()
+                run.log(loss, logits, labels)
+                if run.step % every == 0:
+                    run.check_finite()
+                    save_sample(args, model, run.step // every)
+            run.end_epoch()
+    return run.rows[-1]
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    main()

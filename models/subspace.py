@@ -1,6 +1,7 @@
 """A network restricted to an affine subspace of its parameters (Li et al., TPAMI 2022)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,23 +53,25 @@ class Gathering(torch.autograd.Function):
 class Subspace(nn.Module):
     """A network with parameters θ(z) = θ_0 + Pᵀ z, of which only the k coordinates z are trained.
 
-    θ_0 is what `model` holds when the subspace is made, and P is `basis`, (k, n), with the n
-    parameters in `named_parameters` order. Autograd gives ∂L/∂z = P ∂L/∂θ, so every optimizer
-    of torch.optim trains z. The model's parameters are frozen; its buffers (BatchNorm statistics)
-    stay in the model, and forwards in training mode update them.
+    θ_0 is what `model` holds when the subspace is made: its n parameters with `requires_grad`, or
+    of a frozen model all that are real numbers, in `named_parameters` order. P is `basis` (k, n).
+    Autograd gives ∂L/∂z = P ∂L/∂θ, so every optimizer of torch.optim trains z. The model's
+    parameters are frozen; its buffers (BatchNorm statistics) stay in the model, and forwards in
+    training mode update them.
 
     Attributes: `coordinates` (k,) is z, the one trainable parameter; `origin` (n,) is θ_0, frozen
     (with `requires_grad_` it gathers the full gradient ∂L/∂θ); `basis` (k, n) is no buffer,
-    since DistributedDataParallel sends the buffers out at every step. A basis in bfloat16 stays
-    in it; θ(z) and the gradients are of the model's type all the same. With `shard` each process
-    of torch.distributed gives its part of the columns, as `utils.pca` shares them out.
+    since DistributedDataParallel sends the buffers out at every step. z and θ(z) are at least
+    float32, also where P or the network are bfloat16. With `shard` each process of
+    torch.distributed gives its part of the columns, as `utils.pca` shares them out.
 
     Raises ValueError where the basis does not fit the model.
     """
 
     def __init__(self, model: nn.Module, basis: torch.Tensor, shard: bool = False) -> None:
         super().__init__()
-        parameters = dict(model.named_parameters())
+        real = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        parameters = {name: p for name, p in real.items() if p.requires_grad} or real
         self._names = list(parameters)
         self._shapes = [parameter.shape for parameter in parameters.values()]
         self._sizes = [parameter.numel() for parameter in parameters.values()]
@@ -78,6 +81,7 @@ class Subspace(nn.Module):
                 f"the basis is {tuple(basis.shape)}, not (k, n) with n = {sum(self._sizes)}"
             )
         origin = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+        origin = origin.to(torch.promote_types(origin.dtype, torch.float32))
         self.model = model.requires_grad_(False)
         self.origin = nn.Parameter(origin, requires_grad=False)
         kept = torch.bfloat16 if basis.dtype == torch.bfloat16 else origin.dtype
@@ -99,19 +103,22 @@ class Subspace(nn.Module):
     def _named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         # One split, not a slice a parameter: its backward is one concatenation.
         parts = zip(self._names, vector.split(self._sizes), self._shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in parts}
+        named = {name: part.view(shape) for name, part, shape in parts}
+        return {name: v.to(self.model.get_parameter(name).dtype) for name, v in named.items()}
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """The network's output at θ(z)."""
-        return functional_call(self.model, self._named(self.vector()), inputs)
+        return functional_call(self.model, self._named(self.vector()), inputs, options)
 
     @torch.no_grad()
     def export(self) -> dict[str, torch.Tensor]:
         """The state dict of the plain model at θ(z), a copy."""
-        values = self._named(self.vector()).values()
-        of = dict(zip(self.model.parameters(), values, strict=True))
-        tied = self.model.named_parameters(remove_duplicate=False)  # a parameter with two names
-        state = self.model.state_dict() | {name: of[parameter] for name, parameter in tied}
+        own = dict(self.model.named_parameters())
+        of = {own[name]: value for name, value in self._named(self.vector()).items()}
+        # A parameter may have two names.
+        tied = dict(self.model.named_parameters(remove_duplicate=False))
+        state = self.model.state_dict()
+        state |= {name: of[parameter] for name, parameter in tied.items() if parameter in of}
         return {name: value.detach().clone() for name, value in state.items()}
 
     def _apply(

@@ -1,0 +1,339 @@
+"""The files of a run: written whole or not at all, read without running code, one run at a time."""
+
+import argparse
+import atexit
+import contextlib
+import copy
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distributed import on_rank0, print0, rank, restart_count
+from errors import InputError, blame
+from utils import kinds, load_state_dict, read_tensors
+
+# The options that all runs on one trajectory share, and those that a resumed run has to keep.
+EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
+SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
+RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
+RESUMED += ("sample_every",)
+# These too in an epoch, or where samples count steps.
+MIDWAY = ("batch_size", "accumulate", "start_epoch")
+
+# ------------------------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Any]:
+    """A binary stream whose content takes the place of `file` once it is all on the disk.
+
+    Raises InputError where that cannot be, as on a full disk: what was there before stays.
+    """
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut may leave the new name without the content
+        temporary.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(
+            f"{file}: could not be written ({cause.strerror or cause}); the files written before "
+            "are whole, continue with --resume once it can be", 1,
+        ) from error  # fmt: skip
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(file: Path, value: Any) -> None:
+    """Write `value`: text to .json and .jsonl, arrays to .npz, anything of tensors elsewhere.
+
+    Tensors are written as on the CPU, so that they load anywhere. Only rank 0 writes.
+    """
+    if rank():
+        return
+    with replacing(file) as stream:
+        if file.suffix in (".json", ".jsonl"):
+            stream.write(value.encode())
+        elif file.suffix == ".npz":
+            np.savez(stream, **value)
+        else:
+            torch.save(on_cpu(value), stream)
+
+
+def on_cpu(value: Any) -> Any:
+    """`value` with all tensors in it on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = copy.copy(value)  # keeps a state dict's _metadata, the versions of its modules
+        moved.update((name, on_cpu(part)) for name, part in value.items())
+        return moved
+    return [on_cpu(part) for part in value] if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
+    """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
+    own, given = kinds(module.state_dict()), kinds(state)
+    for name in own | given:
+        if own.get(name) != given.get(name):
+            raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
+
+
+def check_finite_values(state: Mapping[str, Tensor], module: nn.Module, file: Path) -> None:
+    """ValueError for a state that is not finite where the module itself is: masks hold −inf."""
+    own = module.state_dict()
+    for name, value in state.items():
+        if not (value.isfinite() | ~own[name].isfinite().cpu()).all():
+            raise ValueError(f"{file}: {name} is not finite")
+
+
+@torch.no_grad()
+def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state that fits: some networks' `load_state_dict` asks for more than a plain one."""
+    for name, value in module.state_dict().items():
+        value.copy_(state[name])
+
+
+def load_weights(model: nn.Module, file: Path, arch: str) -> None:
+    """Load the weights in `file`; raises ValueError where they do not fit the model."""
+    state = load_state_dict(file)
+    check_fits(state, model, file, arch)
+    check_finite_values(state, model, file)
+    copy_into(model, state)
+
+
+def fingerprint(files: Sequence[Path], *options: Any) -> str:
+    """A digest of the contents of `files`, as their own checksums tell them, and of `options`.
+
+    What torch.save writes is a zip archive, which holds a CRC-32 of each tensor: nothing else is
+    read. A file of another kind is read whole.
+    """
+    digest = hashlib.sha256(repr(options).encode())
+    for file in files:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                digest.update(repr([entry.CRC for entry in archive.infolist()]).encode())
+        else:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------- config.json
+
+
+def sample_range(arguments: Mapping[str, Any]) -> range:
+    """The numbers of the samples that a run takes, by its options as config.json has them."""
+    if arguments.get("average"):
+        return range(*arguments["average"])
+    names = ("params_start", "params_end", "params_stride")
+    return range(*(arguments[name] for name in names)) if "basis" in arguments else range(0)
+
+
+def check_same(
+    args: argparse.Namespace, recorded: Mapping[str, Any], names: Sequence[str], file: Path
+) -> None:
+    """InputError where an option that has to be the same differs from what `file` recorded."""
+    for name in names:
+        value = getattr(args, name, None)
+        needed = value is not None or name in EXPERIMENT  # earlier versions had fewer options
+        if name in args and needed and name not in recorded:
+            raise ValueError(f"{file}: does not tell its {name}")
+        if name in args and recorded.get(name) != value:
+            option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
+            raise InputError(
+                f"{option}: {value} here, {recorded[name]} in {file}; they have to be the same"
+            )
+
+
+def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
+    """False where there is no config.json to tell; InputError where it tells of another one."""
+    if not file.exists():
+        return False
+    with blame(f"{file}: not readable", Exception):
+        check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
+    return True
+
+
+def check_config(args: argparse.Namespace, file: Path) -> None:
+    """InputError for options that contradict the config.json of the run whose files are used."""
+    if not on_rank0(lambda: is_same_experiment(args, file)):
+        print0(f"{file} is missing: not checked that its run had this data, network and seed")
+
+
+# ----------------------------------------------------------------------------- checkpoint.pt
+
+
+def read_checkpoint(
+    args: argparse.Namespace, directory: Path, model: nn.Module, computed_from: str | None
+) -> tuple[Path, dict] | None:
+    """The file that the options say to resume from, and what it holds; None to start anew.
+
+    `computed_from` is the fingerprint of the basis. Raises InputError where the checkpoint is not
+    of the same experiment.
+    """
+    own = directory / "checkpoint.pt"
+    # After a restart the run's own is further than the one it began with.
+    file = own if args.resume is True or (restart_count() and own.exists()) else args.resume
+    if not file or (file == own and not own.exists()):
+        return None
+    with blame("--resume"):
+        checkpoint = read_tensors(file)
+        try:
+            check_checkpoint(args, checkpoint, model, computed_from, file)
+        except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{file}: not a checkpoint.pt of these scripts") from error
+    return file, checkpoint
+
+
+def check_checkpoint(
+    args: argparse.Namespace, checkpoint: dict, model: nn.Module, computed_from: str | None,
+    file: Path
+) -> None:  # fmt: skip
+    """ValueError for a checkpoint of another experiment, network or basis.
+
+    What is of another type raises whatever it does.
+    """
+    rows, progress = checkpoint["rows"], checkpoint["progress"]
+    by_steps = progress.get("batches") or getattr(args, "sample_every", None)
+    kept = RESUMED + (MIDWAY if by_steps else ())
+    check_same(args, checkpoint["arguments"], kept, file)
+    check_fits(checkpoint["states"]["model"], model, file, args.arch)
+    check_finite_values(checkpoint["states"]["model"], model, file)
+    if computed_from and checkpoint["basis"] != computed_from:
+        raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
+    sums = [progress.get("seconds", 0.0), *progress.get("totals", {}).values()]
+    last = [row["epoch"] + row["test_acc"] for row in rows[-1:]]
+    if not (rows or progress) or not all(map(math.isfinite, [*sums, *last])):
+        raise ValueError(f"{file}: its rows or its progress are not those of a run")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, file: Path) -> None:
+    """Load the state `saved` in `file`; momentum and the like stay those of the options.
+
+    Raises ValueError for a state that does not fit: fused kernels would not look.
+    """
+    own = [{**group, "params": None} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except Exception as error:  # one of another script has many ways to be wrong
+        raise ValueError(f"{file}: its optimizer is not this script's") from error
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options | {"params": group["params"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Like the parameter, a step count, or P-BFGS's matrix.
+            allowed = (parameter.shape, (), 2 * parameter.shape)
+            if value is not None and (value.shape not in allowed or not value.isfinite().all()):
+                raise ValueError(f"{file}: the optimizer's {name} does not fit, or is not finite")
+
+
+# ------------------------------------------------------------------------ a directory of one's own
+
+
+def claim(args: argparse.Namespace, directory: Path, keep: bool) -> contextlib.ExitStack:
+    """Make the run's directory and hold it until the stack is closed; only rank 0 does.
+
+    The files of an earlier run stay where they are to `keep`, else they are removed, which needs
+    --overwrite. Raises InputError that says which process holds the directory, or what is in it.
+    """
+    held = contextlib.ExitStack()
+
+    def take() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(directory))
+        if not keep:
+            clear(args, directory)
+
+    with blame("--save-dir"):
+        on_rank0(take)
+    atexit.register(held.close)
+    return held
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory of a run; ValueError that says which process does already.
+
+    The kernel ends the lock with the process. Its file stays: were it removed, two processes could
+    hold two files of that name.
+    """
+    with (directory / ".lock").open("a+") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise ValueError(f"{directory} is in use by process {stream.read()}") from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()} on {platform.node()}")
+        stream.flush()
+        yield
+
+
+def clear(args: argparse.Namespace, directory: Path) -> None:
+    """Remove the files of an earlier run, where the options allow that.
+
+    They do with --overwrite, and with --resume where a run of the same experiment was stopped
+    before its first checkpoint.pt.
+    """
+    names = ("metrics.jsonl", "checkpoint.pt", "model.th")
+    earlier = [directory / name for name in names]
+    earlier += [file for file in directory.glob("*.pt") if file.stem.isdecimal()]
+    earlier = [file for file in earlier if file.exists()]
+    if earlier and not args.overwrite:
+        resumed = args.resume is True or restart_count() > 0
+        if not resumed or not is_same_experiment(args, directory / "config.json"):
+            raise InputError(
+                f"--save-dir: {directory} holds a run; continue it with --resume, or --overwrite it"
+            )
+        if (directory / "model.th").exists() or epochs_recorded(directory) >= args.epochs:
+            raise InputError(
+                f"--resume: {directory} holds a finished run without a checkpoint.pt to continue "
+                "from; nothing was removed, --overwrite starts again"
+            )
+    for file in earlier:
+        file.unlink()
+
+
+def epochs_recorded(directory: Path) -> int:
+    """The last epoch in metrics.jsonl; 0 where it tells of none."""
+    with contextlib.suppress(OSError, ValueError, IndexError, TypeError, KeyError):
+        return int(json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["epoch"])
+    return 0
+
+
+def check_disk(args: argparse.Namespace, model: nn.Module, numbers: range) -> None:
+    """Say what disk space the samples still to come will take; InputError where it is not free."""
+    there = sum((args.save_dir / f"{i}.pt").exists() for i in numbers)
+    count = len(numbers) - (0 if args.overwrite else there)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    # checkpoint.pt takes three sizes, twice while the next one is written, and model.th one.
+    needed = (len(numbers) - there + 7) * size if count else 0
+    disk = next(
+        path for path in [args.save_dir, *args.save_dir.absolute().parents] if path.exists()
+    )
+    free = shutil.disk_usage(disk).free
+    what = f"{count} samples of {size / 2**20:.1f} MiB, {needed / 2**30:.2f} GiB with checkpoints"
+    if needed > free:
+        raise InputError(
+            f"--save-dir {args.save_dir}: {what}, but {free / 2**30:.2f} GiB of disk are free"
+        )
+    print0(f"{what}; {free / 2**30:.1f} GiB of disk are free")

@@ -1,0 +1,578 @@
+"""The network, its loss and tests, and `Run`: the epochs of a run, its metrics and checkpoints."""
+
+import argparse
+import contextlib
+import json
+import platform
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+import models
+from basis import Basis, computed_from, save_basis
+from checkpoint import (
+    MIDWAY,
+    RESUMED,
+    claim,
+    copy_into,
+    fingerprint,
+    load_optimizer,
+    load_weights,
+    read_checkpoint,
+    sample_range,
+    save,
+)
+from distributed import (
+    all_reduce,
+    all_sum,
+    average_buffers,
+    on_rank0,
+    print0,
+    progress_bar,
+    rank,
+    world_size,
+)
+from errors import InputError, blame
+from utils import Data, batch_sizes, load_data, read_tensors, rng, trainable
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# ---------------------------------------------------------------------------------- the network
+
+
+def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
+    """The network of --arch on the device, initialized with the seed or from --pretrained."""
+    torch.manual_seed(args.randomseed)
+    with blame("--arch", (ValueError, TypeError)):
+        model = models.build(args.arch, data.num_classes, args.image_size)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{args.arch}: gives a {type(model).__name__}, not a torch.nn.Module")
+    check_network(args, model, data)
+    with blame("--pretrained"):
+        if args.pretrained is True:
+            load_torchvision_weights(model, args.arch)
+        elif args.pretrained:
+            load_weights(model, args.pretrained, args.arch)
+    model = model.to(args.device)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
+
+
+@torch.no_grad()
+def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
+    """InputError for a network that such data cannot train or test; leaves it as it was."""
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    size, classes = args.image_size, data.num_classes
+    # Every network fails in its own way on images too small for it, or on one alone.
+    with blame(f"--arch {args.arch}: cannot take images of {size} × {size} pixels", Exception):
+        outputs = [model.train(mode)(torch.zeros(2, 3, size, size)) for mode in (True, False)]
+    for logits in outputs:
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(
+                f"--arch {args.arch}: gives {given} for two images, not (2, {classes}) numbers"
+            )
+    if 1 in (len(data.train), args.batch_size) and not args.evaluate:
+        fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
+        what = f"--batch-size {args.batch_size}{fewer}: a batch of one image, on which {args.arch}"
+        with blame(f"{what} cannot train", Exception):
+            model.train()(torch.zeros(1, 3, size, size))
+    copy_into(model, initial)
+
+
+def load_torchvision_weights(model: nn.Module, arch: str) -> None:
+    """Load torchvision's best weights, except for a classifier of another number of classes.
+
+    Raises ValueError where torchvision has none for `arch`.
+    """
+    if arch not in torchvision.models.list_models():
+        raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
+    if getattr(model, "variant", "") == "for small images":
+        raise ValueError(f"torchvision's weights are for {arch} as it is there; name a file: PATH")
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    try:
+        own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # network, disk or archive
+        raise ValueError(f"{weights} not downloaded ({error}); name a file: PATH") from error
+    fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
+    copy_into(model, own | fits)
+    left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
+    print0(f"pretrained: {weights}; left as initialized: {left}")
+
+
+def cross_entropy(
+    model: nn.Module, images: Tensor, labels: Tensor, half: bool
+) -> tuple[Tensor, Tensor]:
+    """The batch's mean loss and the logits; `half` runs the network in bfloat16."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        logits = model(images)
+    # In bfloat16 the loss itself would be rounded to three digits.
+    return F.cross_entropy(logits.float() if half else logits, labels), logits
+
+
+def l2_penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor | float:
+    """The L2 penalty of --weight-decay on θ(z) itself, as SGD in the full space has it."""
+    return args.weight_decay / 2 * subspace.vector().square().sum() if args.weight_decay else 0.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> None:
+    """Set the learning rate of an epoch: --lr, and a tenth of it after each of --milestones."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable, half: bool) -> dict[str, float]:
+    """Mean loss, and accuracy in percent, with BatchNorm's running statistics.
+
+    From 100 classes on also how often the label is among the five likeliest, test_top5.
+    """
+    average_buffers(model)
+    model.eval()
+    totals: Counter = Counter()
+    for images, labels in batches:
+        loss, logits = cross_entropy(model, images, labels, half)
+        totals["images"] += len(labels)
+        totals["loss"] += loss * len(labels)
+        totals["correct"] += (logits.argmax(1) == labels).sum()
+        if logits.shape[1] >= 100:
+            totals["top5"] += (logits.topk(5).indices == labels[:, None]).sum()
+    sums = all_sum(totals)
+    n = sums.pop("images")
+    row = {"test_loss": sums.pop("loss") / n, "test_acc": 100 * (sums.pop("correct") / n)}
+    return row | {f"test_{name}": 100 * (total / n) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Recompute BatchNorm's running statistics as the means of those of the batches of images.
+
+    Weights that were never trained through, such as averages, need that (Izmailov et al., UAI
+    2018, §3.2). torch's `update_bn` gives the same bits, with a host sync for each layer and batch.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+    model.train()
+    try:
+        # Compiled, it would be compiled again for every count of batches.
+        with torch.compiler.set_stance("force_eager"):
+            for count, images in enumerate(batches if layers else (), 1):
+                for layer in layers:
+                    layer.momentum = 1 / count
+                model(images)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def evaluate_only(args: argparse.Namespace, directory: Path) -> dict:
+    """What --evaluate does: test the weights of --pretrained or --resume, or the run's own."""
+    file = args.resume if isinstance(args.resume, Path) else directory / "model.th"
+    data = load_data(args)
+    model = build_model(args, data)
+    if not args.pretrained:
+        with blame("--evaluate"):
+            load_weights(model, file, args.arch)
+    row = evaluate(model, data.test.epoch(), args.half)
+    print0(f"test loss {row['test_loss']:.4f}, test accuracy {accuracy_text(row)}")
+    return row
+
+
+def accuracy_text(row: dict) -> str:
+    """The test accuracy of a row, and top-5 if it is there."""
+    top5 = f", top-5 {row['test_top5']:6.2f} %" if "test_top5" in row else ""
+    return f"{row['test_acc']:6.2f} %{top5}"
+
+
+# ---------------------------------------------------------------------------------- the epochs
+
+
+class Interrupted(Exception):  # noqa: N818
+    """SIGINT or SIGTERM came; raised between two batches."""
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`."""
+    earlier = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in earlier.items():
+            signal.signal(number, former)
+
+
+class Run:
+    """The epochs of a run: where it resumes, its metrics, its files, and how it is interrupted.
+
+        with Run(args, directory, data, model, optimizer) as run:
+            for epoch in run.epochs():
+                for images, labels, weight in run.batches():
+                    ...
+                    run.log(loss, logits, labels)
+                run.end_epoch()
+
+    `model` is what is trained and tested, a `Subspace` has its `basis`; `others` is what else with
+    a state_dict a checkpoint has to hold. Whatever can be refused is, before the first file is
+    written. SIGINT and SIGTERM let the batch end, save all that --resume needs and end the `with`
+    in an InputError of exit code 130 or 143; a second one ends the program at once.
+
+    Attributes: `rows`, the metrics of the epochs done; `step`, the steps done since epoch 0.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, directory: Path, data: Data, model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None, basis: Basis | None = None, **others: Any
+    ) -> None:  # fmt: skip
+        self.args, self.directory, self.data, self.basis = args, directory, data, basis
+        self.model, self.optimizer = model, optimizer
+        self.states = {"model": model, "optimizer": optimizer} | others
+        self.sizes = batch_sizes(len(data.train), data.train.batch_size)
+        self.plain = model.model if basis else model  # the network itself
+        self.n = sum(parameter.numel() for parameter in trainable(self.plain).values())
+        self.rows: list[dict] = []
+        self.done, self.seconds, self.signal = 0, 0.0, 0  # batches and seconds of an epoch begun
+        self.totals: Counter = Counter()  # sums over them, on the device
+        source = basis and basis.computed_from
+        # Rank 0 decides, and sends what it read: the others may not see its files.
+        found = on_rank0(lambda: read_checkpoint(args, directory, model, source))
+        if found:
+            self.restore(*found)
+        self.fresh = not found
+        self.epoch = self.rows[-1]["epoch"] if self.rows else args.start_epoch
+        own = found is not None and found[0].resolve().parent == directory.resolve()
+        self.held = claim(args, directory, keep=own)
+        if (self.epoch < args.epochs or not own) and rank() == 0:
+            self.write_config(own)
+        if basis and computed_from(directory / "basis.npz") != source:
+            # Some of the columns are no basis: without any, the file has the variances.
+            save_basis(
+                directory / "basis.npz",
+                basis._replace(basis=basis.basis[:, :0]) if args.shard_basis else basis,
+            )
+        if self.rows and self.epoch >= args.epochs and not self.has_results():
+            self.save_results()  # a run that was killed had written no more than its checkpoint
+        if args.compile:
+            model.compile()
+
+    # Resuming
+
+    def restore(self, file: Path, checkpoint: dict) -> None:
+        """Continue from a checkpoint that was read from `file`."""
+        states, progress = checkpoint["states"], checkpoint["progress"]
+        with blame("--resume"):
+            copy_into(self.model, states["model"])
+            for name, part in list(self.states.items())[1:]:
+                load_optimizer(part, states.get(name), file)
+        self.rows, self.done = checkpoint["rows"], progress.get("batches", 0)
+        self.seconds = progress.get("seconds", 0.0)
+        for name, total in progress.get("totals", {}).items():  # of all processes
+            own = total if rank() == 0 else 0.0
+            self.totals[name] = torch.as_tensor(own, device=self.args.device)
+        begun = f", and {self.done} batches of the next" if self.done else ""
+        print0(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
+
+    def write_config(self, resumed: bool) -> None:
+        """Write config.json: the run as it began, and under `sessions` each start that trained."""
+        file = self.directory / "config.json"
+        facts = session_facts(self.args) | {"from_epoch": self.epoch}
+        config = {}
+        if resumed and file.exists():
+            with blame(f"{file}: not readable", Exception):
+                config = json.loads(file.read_text())
+        first = {name: config.get(name) for name in facts} if config else facts
+        sessions = [*config.get("sessions", [first] if config else []), facts]
+        config = facts | self.facts() | config | self.sample_facts() | {"sessions": sessions}
+        save(file, json.dumps(config, indent=2) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """What config.json tells of data and network."""
+        args, data = self.args, self.data
+        facts = {
+            "arch": args.arch,
+            "n": self.n,
+            "datasets": args.datasets,
+            "train_images": len(data.train),
+            "test_images": len(data.test),
+            "num_classes": data.num_classes,
+            "corrupted_labels": int(args.corrupt * len(data.train)),
+        }
+        return facts | ({"k": len(self.basis.basis)} if self.basis else {})
+
+    def sample_facts(self) -> dict[str, Any]:
+        """What config.json tells of the samples that the run takes, or leaves."""
+        args, facts = self.args, {}
+        if every := getattr(args, "sample_every", None):
+            numbers = range(args.epochs * self.steps // every + 1)
+            facts["sample_epochs"] = [round(i * every / self.steps, 6) for i in numbers]
+        if numbers := sample_range(vars(args)):
+            facts["samples"] = list(numbers)
+            # With it a report can tell that the samples are still those that were used.
+            files = [args.save_dir / f"{number}.pt" for number in numbers]
+            facts["fingerprint"] = fingerprint(files)
+        return facts
+
+    # Training
+
+    @property
+    def steps(self) -> int:
+        """How many steps an epoch has."""
+        return len(self.sizes)
+
+    @property
+    def step(self) -> int:
+        """How many steps are done, since epoch 0."""
+        return self.epoch * self.steps + self.done
+
+    def __enter__(self) -> "Run":
+        args, data = self.args, self.data
+        variant = f" ({self.plain.variant})" if hasattr(self.plain, "variant") else ""
+        corrupted = int(args.corrupt * len(data.train))
+        several = f", {world_size()} processes" if world_size() > 1 else ""
+        print0(
+            f"{self.directory}: {args.arch}{variant}, {self.n:,} parameters; {args.datasets}, "
+            f"{len(data.train):,} training images ({corrupted:,} corrupted labels), "
+            f"{len(data.test):,} test images; {args.device}, {torch.get_num_threads()} threads"
+            f"{several}"
+        )
+        self.handlers = contextlib.ExitStack()
+        self.handlers.enter_context(handling(self.on_signal))
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with self.held, self.handlers:
+            if isinstance(error, Interrupted):
+                self.save_interrupted()
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to come, counted from 0."""
+        settings = {"initial": self.epoch, "unit": "epoch"}
+        epochs = range(self.epoch, self.args.epochs)
+        with progress_bar(epochs, str(self.directory), self.args.epochs, **settings) as bar:
+            for self.epoch in bar:
+                yield self.epoch
+        self.check_signal()
+        last, best = self.rows[-1], max(self.rows, key=lambda row: row["test_acc"])
+        print0(
+            f"{self.directory}: test accuracy {last['test_acc']:.2f} % after epoch "
+            f"{last['epoch']}, best {best['test_acc']:.2f} % after epoch {best['epoch']}"
+        )
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The epoch's batches still to come: images, labels, and the weight of their mean loss.
+
+        The mean over the processes of what is weighted so is that over all images.
+        """
+        self.model.train()
+        # Dropout and the like: a resumed run draws what an unbroken one would.
+        random = rng(self.args.randomseed, "network", self.epoch)
+        seeds = random.integers(2**63, size=self.steps)
+        began = time.perf_counter() - self.seconds
+        self.totals["finite"] = self.done
+        batches = self.until_signal(self.data.train.epoch(self.epoch, self.done), every=10)
+        name = f"epoch {self.epoch + 1}"
+        settings = {"initial": self.done, "unit": "batch"}
+        with progress_bar(batches, name, self.steps, **settings) as self.bar:
+            try:
+                for images, labels in self.bar:
+                    torch.manual_seed(int(seeds[self.done]) + 2 * rank())
+                    yield images, labels, len(labels) * world_size() / self.sizes[self.done]
+            finally:
+                self.seconds = time.perf_counter() - began
+
+    @torch.no_grad()
+    def log(self, loss: Tensor, logits: Tensor, labels: Tensor, **details: Any) -> None:
+        """Count a step done, by its mean loss and logits; `details` are averaged over the epoch.
+
+        Every --print-freq steps this is a host sync: it looks whether the loss is finite.
+        """
+        self.totals.update(details)
+        self.totals["loss"] += loss.detach() * len(labels)
+        self.totals["correct"] += (logits.argmax(1) == labels).sum()
+        self.totals["finite"] += loss.detach().isfinite()
+        self.done += 1
+        if self.done == self.steps or self.done % self.args.print_freq == 0:
+            self.check_finite()
+            if not self.bar.disable:
+                seen = sum(self.sizes[: self.done]) / world_size()
+                percent = f"{100 * float(self.totals['correct']) / seen:.2f} %"
+                mean = f"{float(self.totals['loss']) / seen:.4f}"
+                self.bar.set_postfix(loss=mean, accuracy=percent)
+
+    def check_finite(self) -> None:
+        """InputError where training left the finite numbers: nothing is saved of it.
+
+        This is a host sync.
+        """
+        finite = int(self.totals["finite"]) if self.done else 0
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        if finite == self.done and nn.utils.get_total_norm(trained).isfinite():
+            return
+        args, file = self.args, self.directory / "checkpoint.pt"
+        cure = f"a smaller --lr than {args.lr:g}" if "lr" in args else "a larger --batch-size"
+        cure = "a smaller --alpha" if getattr(args, "alpha", 0) else cure
+        cure += " or no --half" if args.half else ""
+        lr = f" at learning rate {self.lr():g}" if self.lr() else ""
+        last = f"--resume continues from {file}" if file.exists() else "there is no checkpoint yet"
+        what = "loss is" if finite < self.done else "parameters are"
+        where = f"epoch {self.epoch + 1}, step {min(finite + 1, self.done)}{lr}"
+        raise InputError(f"{where}: the {what} not finite; try {cure}; {last}", 1)
+
+    def lr(self) -> float | None:
+        """The learning rate of the moment; P-BFGS has none."""
+        return self.optimizer.param_groups[0].get("lr")
+
+    def end_epoch(self) -> None:
+        """Test, and write the epoch's metrics and, where due, the checkpoint and model.th."""
+        args = self.args
+        row = {"epoch": self.epoch + 1, "lr": self.lr()} | self.means() | {"seconds": self.seconds}
+        if self.basis:
+            row["coordinates"] = self.model.coordinates.tolist()  # the path in the subspace
+        if getattr(args, "bn_update", False):
+            # In it dropout draws, too.
+            seed = rng(args.randomseed, "statistics", self.epoch).integers(2**63)
+            torch.manual_seed(int(seed) + rank())
+            recompute_statistics(self.model, self.single_batches())
+        row |= evaluate(self.model, self.until_signal(self.data.test.epoch()), args.half)
+        self.rows.append(row)
+        self.done, self.seconds, self.totals = 0, 0.0, Counter()
+        if row["epoch"] % args.save_every == 0 or row["epoch"] == args.epochs:
+            self.save_checkpoint()
+            self.save_results()
+        else:
+            self.save_metrics()
+        with tqdm.external_write_mode():  # above the bar
+            print0(
+                f"epoch {row['epoch']:3d}/{args.epochs}  "
+                f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
+                f"test loss {row['test_loss']:.4f}, accuracy {accuracy_text(row)}"
+                f"  {row['seconds']:.1f} s"
+            )
+
+    def means(self) -> dict[str, float]:
+        """The epoch's mean loss, accuracy in percent and details."""
+        sums, n = all_sum(self.totals), len(self.data.train)
+        del sums["finite"]
+        row = {"train_loss": sums.pop("loss") / n, "train_acc": 100 * sums.pop("correct") / n}
+        steps = self.steps * world_size()
+        return row | {name: total / steps for name, total in sums.items()}
+
+    def single_batches(self) -> Iterator[Tensor]:
+        """The epoch's images in batches of --batch-size, whatever --accumulate is."""
+        batches = self.until_signal(self.data.train.epoch(self.epoch))
+        for (images, _), size in zip(batches, self.sizes, strict=True):
+            yield from images.tensor_split(len(batch_sizes(size, self.args.batch_size)))
+
+    # Signals
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Remember the first signal; the second ends the program at once."""
+        if self.signal and world_size() == 1:  # torchrun sends a second one by itself
+            raise SystemExit(128 + number)
+        self.signal = self.signal or number
+
+    def check_signal(self) -> None:
+        """Raise Interrupted in all processes where one got a signal."""
+        if world_size() > 1:
+            self.signal = int(all_reduce(torch.tensor(self.signal), dist.ReduceOp.MAX))
+        if self.signal:
+            raise Interrupted
+
+    def until_signal(self, batches: Iterable, every: int = 1) -> Iterator:
+        """The batches, as long as no signal comes.
+
+        Several processes have to stop at the same batch: they ask each other, every so many.
+        """
+        for number, batch in enumerate(batches):
+            if world_size() == 1 or number % every == 0:
+                self.check_signal()
+            yield batch
+
+    def save_interrupted(self) -> None:
+        """Write checkpoint.pt in the middle of an epoch, and say how to go on."""
+        if self.done:
+            self.check_finite()
+        average_buffers(self.model)
+        self.save_checkpoint()
+        code, name = 128 + self.signal, signal.Signals(self.signal).name
+        if rank():
+            raise SystemExit(code)
+        raise InputError(f"stopped by {name}; the same command with --resume continues", code)
+
+    # Files
+
+    def summary(self) -> dict[str, Any]:
+        """What model.th holds, and checkpoint.pt too."""
+        export = getattr(self.model, "export", self.model.state_dict)
+        return {
+            "state_dict": export(),
+            "best_prec1": max((row["test_acc"] for row in self.rows), default=0.0),
+            "epoch": self.rows[-1]["epoch"] if self.rows else self.args.start_epoch,
+            "arch": self.args.arch,
+        }
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoint.pt: all that --resume needs."""
+        progress = {}
+        if self.done:
+            sums = all_sum(self.totals)
+            progress = {"batches": self.done, "totals": sums, "seconds": self.seconds}
+        needed = {
+            "states": {name: part.state_dict() for name, part in self.states.items()},
+            "rows": self.rows,
+            "progress": progress,
+            "arguments": {n: getattr(self.args, n) for n in RESUMED + MIDWAY if n in self.args},
+            "basis": self.basis and self.basis.computed_from,
+        }
+        save(self.directory / "checkpoint.pt", self.summary() | needed)
+
+    def save_metrics(self) -> None:
+        """Write metrics.jsonl."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        save(self.directory / "metrics.jsonl", lines)
+
+    def save_results(self) -> None:
+        """Write metrics.jsonl and model.th."""
+        self.save_metrics()
+        save(self.directory / "model.th", self.summary())
+
+    def has_results(self) -> bool:
+        """Whether model.th, which is written last, is of the last epoch."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return read_tensors(self.directory / "model.th")["epoch"] == self.epoch
+        return False
+
+
+def session_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What config.json tells of a start: the arguments, and on what they ran."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    return {
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        | {"python": platform.python_version()},
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit these scripts are at, where git can tell."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
