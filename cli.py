@@ -220,7 +220,8 @@ def get_parser(description: str, arch: str, epochs: int, weight_decay: float) ->
         help="seed of initialization, label corruption, data order and augmentation")
     add("--corrupt", type=fraction, metavar="C", default=0.0,
         help="fraction of the training labels replaced by ones drawn uniformly over all classes")
-    add("--smalldatasets", type=between(float, 0, 1, above=True), metavar="P", help="train on a random fraction P of the training images")
+    add("--smalldatasets", type=between(float, 0, 1, above=True), metavar="P",
+        help="train on a random fraction P of the training images")
     return parser
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DIGITS
 
+import cli
 import models
 import report
 import train_pbfgs
@@ -81,7 +82,7 @@ def test_a_random_plane_is_orthonormal_seeded_and_apart_from_the_samples(copy):
     centred = samples - samples.mean(0)
     share = np.sum((centred @ basis.T) ** 2) / np.sum(centred**2)
     assert share < 0.01, "five of 75,290 directions"
-    other = utils.random_basis(5, 75290, 2, torch.float32, "cpu")
+    other = basis.random_basis(5, 75290, 2, torch.float32, "cpu")
     assert np.abs(basis @ other.double().numpy().T).max() < 0.1
 
 
@@ -101,7 +102,7 @@ def test_start(start, name, copy):
     """The run's origin: θ(0)."""
     train_psgd.main([*SUBSPACE, "--start", start, "--lr", "0", "--save-dir", str(copy)])
     model = models.build("resnet8", 10)
-    model.load_state_dict(utils.state_dict_in(copy / name / "model.th"))
+    model.load_state_dict(utils.load_state_dict(copy / name / "model.th"))
     oracle = matrix(copy, range(7)).mean(0) if start == "mean" else matrix(copy, [int(start)])[0]
     np.testing.assert_allclose(utils.flatten(model), oracle, atol=1e-6)
 
@@ -110,10 +111,10 @@ def test_bn_update_tests_with_statistics_of_the_whole_training_set(copy):
     """At rate 0 the network stands still: its first layer's mean, by one pass by hand."""
     options = ["--lr", "0", "--bn-update", "--epochs", "1", "--save-dir", str(copy)]
     row = train_psgd.main([*SUBSPACE, *options])
-    state = utils.state_dict_in(copy / "psgd" / "model.th")
+    state = utils.load_state_dict(copy / "psgd" / "model.th")
     model = models.build("resnet8", 10).train()
     model.load_state_dict(torch.load(copy / "0.pt"))
-    args = utils.parse(train_psgd.options(), [*SUBSPACE, *options])
+    args = cli.parse_args(train_psgd.get_options(), [*SUBSPACE, *options])
     means = [
         model.conv1(images).mean((0, 2, 3)) for images, _ in utils.load_data(args).train.epoch(0)
     ]
@@ -127,7 +128,7 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
     command = [*DIGITS, "--average", "3", "7", "--save-dir", str(copy)]
     row = train_sgd.main(command)
     model = models.build("resnet8", 10)
-    model.load_state_dict(utils.state_dict_in(copy / "average" / "model.th"))
+    model.load_state_dict(utils.load_state_dict(copy / "average" / "model.th"))
     np.testing.assert_allclose(utils.flatten(model), matrix(copy, range(3, 7)).mean(0), atol=1e-6)
     again = train_sgd.main([*command, "--overwrite"])
     assert again["test_acc"] == row["test_acc"]

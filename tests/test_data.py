@@ -15,6 +15,7 @@ from scipy import stats
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
+import cli
 import models
 import utils
 from utils import DATASETS, Images, Split, corrupt_labels, crop
@@ -22,11 +23,11 @@ from utils import DATASETS, Images, Split, corrupt_labels, crop
 
 def arguments(**options):
     """Parsed options with the scripts' defaults."""
-    parser = utils.parser("", models, "resnet8", 1, 0.0)
+    parser = cli.get_parser("", models, "resnet8", 1, 0.0)
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
-    return utils.parse(parser, words)
+    return cli.parse_args(parser, words)
 
 
 def random_split(n=20, size=8, seed=0):
@@ -82,7 +83,7 @@ def test_corruption_depends_on_the_seed_but_not_on_the_first_epoch():
     ]
     assert drawn[0] != drawn[1]
     for epoch in range(3):
-        order = utils.random_stream(1, "epoch", epoch).permutation(1000)[:300]
+        order = utils.rng(1, "epoch", epoch).permutation(1000)[:300]
         assert len(drawn[0] & set(order.tolist())) < 150
 
 
@@ -112,7 +113,7 @@ def test_mirrored_images_equal_flipping_each():
     """An epoch with flips is the epoch without, each image mirrored or not after its crop."""
     split, dataset = random_split(60), DATASETS["CIFAR10"]
     ((mirrored, _),) = Images(split, dataset, 60, "cpu", 1).epoch(3)
-    random = utils.random_stream(1, "epoch", 3)
+    random = utils.rng(1, "epoch", 3)
     order, (top, left) = random.permutation(60), random.integers(9, size=(2, 60))
     flips = random.integers(2, size=60)
     padded = torch.nn.functional.pad(split.images, [4] * 4)
@@ -364,7 +365,7 @@ def test_val_serves_as_test(folder):
 def test_large_image_files_are_streamed(folder, workers):
     options = {"data_dir": folder, "image_size": 80, "workers": workers, "batch_size": 5}
     data = utils.load_data(arguments(datasets="ImageFolder", **options))
-    assert isinstance(data.train, utils.ImageFiles)
+    assert isinstance(data.train, utils.FileLoader)
     batches = list(data.train.epoch(0))
     assert [tuple(images.shape) for images, _ in batches] == [(n, 3, 80, 80) for n in (5, 5, 2)]
     assert batches[0][0].dtype == torch.float32
@@ -393,8 +394,8 @@ def test_large_image_files_are_streamed(folder, workers):
 def test_imagenet_is_cut_as_published():
     dataset = DATASETS["ImageNet"]
     split = Split(np.array(["a"]), torch.tensor([0]), ["a"])
-    train = utils.ImageFiles(split, dataset, 1, "cpu", 0, size=224, workers=0)
-    test = utils.ImageFiles(split, dataset, 1, "cpu", size=224, workers=0)
+    train = utils.FileLoader(split, dataset, 1, "cpu", 0, size=224, workers=0)
+    test = utils.FileLoader(split, dataset, 1, "cpu", size=224, workers=0)
     names = [[type(t).__name__ for t in part.transform.transforms] for part in (train, test)]
     assert names[0][1:3] == ["RandomResizedCrop", "RandomHorizontalFlip"]
     assert names[1][1:3] == ["Resize", "CenterCrop"]
@@ -406,7 +407,7 @@ def test_a_corrupted_label_reaches_the_streamed_images(folder):
     data = utils.load_data(arguments(datasets="ImageFolder", **options))
     expected = corrupt_labels(torch.tensor([0] * 6 + [1] * 6), 1.0, 2, 1)
     seen = torch.cat([labels for _, labels in data.train.epoch(0)])
-    order = utils.random_stream(1, "epoch", 0).permutation(12)
+    order = utils.rng(1, "epoch", 0).permutation(12)
     assert torch.equal(seen, expected[order])
 
 

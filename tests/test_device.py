@@ -36,11 +36,11 @@ def test_batches_are_on_the_device(fake, seed):
 def test_pca_moves_its_blocks_to_the_device(fake):
     """pca as a whole decides on values (rank, signs), which fake tensors do not have."""
     samples = [{"w": torch.randn(3, 4)} for _ in range(5)]
-    for columns, block in utils.column_blocks(samples, ["w"], "cuda"):
+    for columns, block in utils.centered_blocks(samples, ["w"], "cuda"):
         assert block.device.type == "cuda"
         assert block.dtype == torch.float64
         assert columns == slice(0, 12)
-    utils.orthonormalise(torch.randn(3, 12, device="cuda"))
+    utils.orthonormalize(torch.randn(3, 12, device="cuda"))
 
 
 def test_a_training_step_stays_on_the_device(fake, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from conftest import DIGITS
 from test_data import random_split
 
+import cli
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -21,19 +22,19 @@ def settings_as_they_were():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    utils.set_engine(train_sgd.options().parse_args([]))
+    cli.configure_torch(train_sgd.get_options().parse_args([]))
 
 
 def weights(save_dir, name="model.th"):
     """The exported network as one vector."""
-    state = utils.state_dict_in(save_dir / name)
+    state = utils.load_state_dict(save_dir / name)
     return torch.cat([value.double().reshape(-1) for value in state.values()])
 
 
 def test_channels_last_is_how_the_same_images_lie(batch):
     batches = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        data = utils.Images(random_split(), utils.DATASETS["digits"], 7, "cpu", 1, layout=layout)
+        data = utils.TensorLoader(random_split(), utils.DATASETS["digits"], 7, "cpu", 1, layout=layout)
         batches.append([images for images, _ in data.epoch(0)])
         assert all(images.is_contiguous(memory_format=layout) for images in batches[-1])
     assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
@@ -46,7 +47,7 @@ def test_channels_last_is_how_the_same_images_lie(batch):
 )  # fmt: skip
 def test_channels_last_is_for_the_cpu_unless_told(given, device, decided, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    assert utils.parse(train_sgd.options(), given).channels_last is decided
+    assert cli.parse_args(train_sgd.get_options(), given).channels_last is decided
 
 
 def test_channels_last_reaches_the_network(tmp_path, monkeypatch):
@@ -57,7 +58,7 @@ def test_channels_last_reaches_the_network(tmp_path, monkeypatch):
         seen.append(images.is_contiguous(memory_format=torch.channels_last))
         return cross_entropy(model, images, labels, half)
 
-    monkeypatch.setattr(utils, "cross_entropy", spy)
+    replace_cross_entropy(spy)
     for switch in ("--channels-last", "--no-channels-last"):
         run = [*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path / switch), switch]
         train_sgd.main(run)
@@ -106,10 +107,10 @@ def test_settings_are_those_of_the_last_options(monkeypatch):
         )
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    utils.parse(train_sgd.options(), ["--deterministic", "--tf32", "--threads", "1"])
+    cli.parse_args(train_sgd.get_options(), ["--deterministic", "--tf32", "--threads", "1"])
     assert settings() == (True, False, True, True)
     assert torch.get_num_threads() == 1
-    utils.parse(train_sgd.options(), [])
+    cli.parse_args(train_sgd.get_options(), [])
     assert settings() == (False, True, False, False)
 
 

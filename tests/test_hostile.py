@@ -264,7 +264,7 @@ WEIGHTS_FILES = ["run/0.pt", "run/psgd/model.th", "weights.th"]
 
 def save_weights(name: str, file: str, table: dict) -> None:
     """Write what the table has under the name."""
-    torch.save(table[name][0](dict(utils.read(Path("run/3.pt")))), file)
+    torch.save(table[name][0](dict(utils.read_tensors(Path("run/3.pt")))), file)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -297,7 +297,7 @@ def test_a_directory_or_a_link_to_nothing(file, run, rejected):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("number", [0, 3, 6])
 def test_samples_that_are_not_finite(number, value, run, rejected):
-    state = utils.read(run / f"{number}.pt")
+    state = utils.read_tensors(run / f"{number}.pt")
     state["linear.bias"][-1] = value
     torch.save(state, run / f"{number}.pt")
     assert "not finite" in rejected(PSGD, "--overwrite", "--save-dir", run, *SAMPLES)
@@ -309,7 +309,7 @@ def test_samples_that_are_not_finite(number, value, run, rejected):
 def edit(file: Path, *path, **value) -> None:
     """Set, or without a value delete, what is in a torch or json file under a path of keys."""
     as_json = file.suffix == ".json"
-    content = json.loads(file.read_text()) if as_json else utils.read(file)
+    content = json.loads(file.read_text()) if as_json else utils.read_tensors(file)
     part = content
     for key in path[:-1]:
         part = part[key]
@@ -604,7 +604,7 @@ EDITED_WEIGHTS = {
 @pytest.mark.parametrize("name", EDITED_WEIGHTS)
 @pytest.mark.parametrize("file", ["run/0.pt", "weights.th"])
 def test_weights_of_another_kind(file, name, run, rejected):
-    torch.save(EDITED_WEIGHTS[name](dict(utils.read(run / "3.pt"))), file)
+    torch.save(EDITED_WEIGHTS[name](dict(utils.read_tensors(run / "3.pt"))), file)
     assert f"{file}: " in rejected(*read_by(file))
 
 
@@ -786,7 +786,7 @@ def test_a_label_of_cifar_out_of_range(tmp_path, rejected, monkeypatch):
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_samples_that_are_not_finite_are_named(number, run, rejected):
-    state = utils.read(run / f"{number}.pt")
+    state = utils.read_tensors(run / f"{number}.pt")
     state["linear.bias"][-1] = float("nan")
     torch.save(state, run / f"{number}.pt")
     line = rejected(PSGD, "--overwrite", "--save-dir", run, *SAMPLES)

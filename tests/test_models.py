@@ -173,7 +173,7 @@ def test_a_search_sees_one_draw(arch):
             self.state[self.param_groups[0]["params"][0]] = {"s": torch.zeros(1)}
             return 0
 
-    args = train_pbfgs.options().parse_args(["--batch-size", "8"])
+    args = train_pbfgs.get_options().parse_args(["--batch-size", "8"])
     step = train_pbfgs.make_step(args, subspace, Looking([subspace.coordinates]), None)
     for _ in range(2):
         torch.manual_seed(len(found))  # as the epoch loop does before each batch

@@ -285,7 +285,7 @@ def test_every_option_is_tried(script):
     """Oracle: --help; an option without a bad value in the tables fails here."""
     words = [word for case in CASES + TYPES if case[0] is script for word in case[1].split()]
     tried = {word.partition("=")[0] for word in words}
-    for action in script.options()._actions[1:]:
+    for action in script.get_options()._actions[1:]:
         assert not action.option_strings or tried & set(action.option_strings), action
 
 
@@ -616,7 +616,7 @@ def test_help_tells_every_default(script, capsys):
         script.main(["--help"])
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for action in script.options()._actions[1:]:
+    for action in script.get_options()._actions[1:]:
         assert action.help
         if action.nargs != 0 and action.default is not None:
             assert "(default:" in action.help

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
+import basis
+import checkpoint
 import utils
 from models import build
 
@@ -115,7 +117,7 @@ def test_whole_numbers_are_samples_too():
 
 def test_load_samples_reads_the_named_ones(tmp_path):
     for number in range(5):
-        utils.save(tmp_path / f"{number}.pt", {"weight": torch.tensor([float(number)])})
+        checkpoint.save(tmp_path / f"{number}.pt", {"weight": torch.tensor([float(number)])})
     loaded = utils.load_samples(tmp_path, 1, 5, 2)
     assert [float(state["weight"]) for state in loaded] == [1, 3]
 
@@ -131,7 +133,7 @@ def test_samples_on_disk_give_what_they_give_in_memory(block, tmp_path, monkeypa
         name = "layer1.0.conv1.weight"
         state[name] = state[name].to(memory_format=torch.channels_last)
         state["linear.bias"] = torch.randn(25)[3:23:2]
-        utils.save(tmp_path / f"{number}.pt", state)
+        checkpoint.save(tmp_path / f"{number}.pt", state)
         states.append(state)
     samples = utils.load_samples(tmp_path, 0, 3)
     for sample, state in zip(samples, states, strict=True):
@@ -145,7 +147,7 @@ def test_samples_on_disk_give_what_they_give_in_memory(block, tmp_path, monkeypa
 
 def test_load_samples_names_what_is_missing_and_what_is_there(tmp_path):
     for number in range(4):
-        utils.save(tmp_path / f"{number}.pt", {"weight": torch.zeros(1)})
+        checkpoint.save(tmp_path / f"{number}.pt", {"weight": torch.zeros(1)})
     with pytest.raises(FileNotFoundError, match=r"lacks the samples 4, 5; there are 0, 1, …, 3"):
         utils.load_samples(tmp_path, 0, 6)
 
@@ -181,7 +183,7 @@ def saved(tmp_path):
 
     def write() -> list[Path]:
         for file, state in zip(files, states, strict=True):
-            utils.save(file, state)
+            checkpoint.save(file, state)
         return files
 
     return states, write
@@ -195,22 +197,22 @@ def test_a_fingerprint_tells_contents_order_and_options(saved, zip_archive, monk
         torch, "save", lambda *a: torch_save(*a, _use_new_zipfile_serialization=zip_archive)
     )
     states, write = saved
-    first = utils.fingerprint(write(), 40, "float32")
-    assert utils.fingerprint(write(), 40, "float32") == first
-    assert utils.fingerprint(write()[::-1], 40, "float32") != first
-    assert utils.fingerprint(write()[:1], 40, "float32") != first
-    assert utils.fingerprint(write(), 41, "float32") != first
-    assert utils.fingerprint(write(), 40.0, "float32") != first
+    first = checkpoint.fingerprint(write(), 40, "float32")
+    assert checkpoint.fingerprint(write(), 40, "float32") == first
+    assert checkpoint.fingerprint(write()[::-1], 40, "float32") != first
+    assert checkpoint.fingerprint(write()[:1], 40, "float32") != first
+    assert checkpoint.fingerprint(write(), 41, "float32") != first
+    assert checkpoint.fingerprint(write(), 40.0, "float32") != first
     states[1]["b"][4] += 1e-6
-    assert utils.fingerprint(write(), 40, "float32") != first
+    assert checkpoint.fingerprint(write(), 40, "float32") != first
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_basis_is_the_same_bits(dtype, tmp_path):
     basis, ratios = utils.pca(walk(dtype=np.float32), 5, dtype=dtype)
-    utils.save_basis(tmp_path / "basis.npz", utils.Basis(basis, ratios, "source"))
-    loaded = utils.load_basis(tmp_path / "basis.npz", 300, "cpu")
-    assert loaded.computed_from == utils.computed_from(tmp_path / "basis.npz") == "source"
+    basis.save_basis(tmp_path / "basis.npz", basis.Basis(basis, ratios, "source"))
+    loaded = basis.load_basis(tmp_path / "basis.npz", 300, "cpu")
+    assert loaded.computed_from == basis.computed_from(tmp_path / "basis.npz") == "source"
     assert torch.equal(loaded.basis, basis)
     assert loaded.basis.dtype == dtype
     assert torch.equal(loaded.explained_variance_ratio, ratios)
@@ -223,4 +225,4 @@ def test_a_file_that_is_no_basis_was_computed_from_nothing(content, tmp_path):
         np.savez(file, basis=np.eye(2))
     elif content is not None:
         file.write_bytes(content)
-    assert utils.computed_from(file) is None
+    assert basis.computed_from(file) is None

@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import utils
-from utils import Images, Split
+from utils import Split
 
 quick = settings(max_examples=100, deadline=None)
 

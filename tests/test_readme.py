@@ -27,7 +27,7 @@ def test_the_code_block_runs(capsys):
 
 def test_every_option_is_told():
     for script in (train_sgd, train_psgd, train_pbfgs, report):
-        for action in script.options()._actions:
+        for action in script.get_options()._actions:
             for flag in [flag for flag in action.option_strings if flag.startswith("--")][:1]:
                 assert re.search(rf"(?<![\w-]){flag}(?![\w-])", README), flag
 

@@ -13,6 +13,8 @@ import torch
 from conftest import DIGITS
 from PIL import Image
 
+import checkpoint
+import cli
 import models
 import pictures
 import report
@@ -99,14 +101,14 @@ def test_cost_is_what_it_takes_to_be_as_good_as_sgd_at_its_end(made):
 def test_accuracy_on_true_and_false_labels(runs, tmp_path):
     """Oracle: a network that always answers 3 is right on just the images labelled 3."""
     shutil.copytree(runs / "noisy", tmp_path / "run")
-    state = utils.read(tmp_path / "run" / "model.th")
+    state = utils.read_tensors(tmp_path / "run" / "model.th")
     for name in ("linear.weight", "linear.bias"):
         state["state_dict"][name].zero_()
     state["state_dict"]["linear.bias"][3] = 1
     torch.save(state, tmp_path / "run" / "model.th")
     lines = report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     row = row_of(lines, "SGD", 0.4)
-    arguments = train_sgd.options().parse_args([*DIGITS])
+    arguments = train_sgd.get_options().parse_args([*DIGITS])
     true = utils.read_digits(arguments, True).labels
     given = utils.corrupt_labels(true, 0.4, 10, 1)
     shares = [(given[part] == 3).double().mean() for part in (true == true, given == true)]
@@ -136,12 +138,12 @@ def test_what_is_not_finished_says_so(runs, tmp_path):
 
 def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     """Oracle: the plane of two components of three samples holds the samples themselves."""
-    args = utils.parse(train_sgd.options(), DIGITS)
+    args = cli.parse_args(train_sgd.get_options(), DIGITS)
     images = utils.load_data(args).test
     samples = utils.load_samples(runs / "one", 0, 3)
     model = models.build("resnet8", 10)
     basis, _ = utils.pca(samples, 2)
-    utils.load_into(model, utils.mean_of(samples))
+    checkpoint.copy_into(model, utils.average(samples))
     plane = models.Subspace(model, basis)
     vectors = [
         torch.cat([s[name].flatten() for name, _ in model.named_parameters()]) for s in samples
@@ -152,7 +154,7 @@ def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     batch, labels = next(images.epoch())
     for sample, loss in zip(samples, found, strict=True):
         network = models.build("resnet8", 10)
-        utils.load_into(network, sample)
+        checkpoint.copy_into(network, sample)
         exact = torch.nn.functional.cross_entropy(network.train()(batch), labels)
         assert exact.item() == pytest.approx(loss, rel=1e-4)
 
@@ -182,7 +184,7 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
 
     middle = torch.stack([vector(sample) for sample in samples]).mean(0)
     for method, folder in (("SGD", "."), ("P-SGD", "psgd"), ("P-BFGS", "pbfgs")):
-        end = utils.state_dict_in(runs / "one" / folder / "model.th")
+        end = utils.load_state_dict(runs / "one" / folder / "model.th")
         place = basis @ (vector(end) - middle)
         np.testing.assert_allclose(drawn[method][-1], place, rtol=1e-3, atol=1e-3)
     assert len(drawn["P-SGD"]) == 3, "the start and two epochs"

@@ -20,6 +20,7 @@ import torch
 from conftest import DIGITS
 from torch import nn
 
+import checkpoint
 import models
 import train_pbfgs
 import train_psgd
@@ -49,7 +50,7 @@ def contents(directory: Path) -> dict:
     for file in sorted(directory.rglob("*")):
         where = str(file.relative_to(directory))
         if file.suffix in (".pt", ".th"):
-            found |= tensors(utils.read(file), where)
+            found |= tensors(utils.read_tensors(file), where)
         elif file.suffix == ".jsonl":
             found |= tensors([json.loads(line) for line in file.read_text().splitlines()], where)
         elif file.suffix == ".npz":
@@ -110,7 +111,7 @@ def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
             os.kill(os.getpid(), number)
         return cross_entropy(*args)
 
-    monkeypatch.setattr(utils, "cross_entropy", interrupted)
+    replace_cross_entropy(interrupted)
     for _ in range(2):
         calls.clear()
         with pytest.raises(SystemExit) as exit:
@@ -120,7 +121,7 @@ def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
         assert len(error) == 1
         assert signal.Signals(number).name in error[0]
         assert "--resume" in error[0]
-    monkeypatch.setattr(utils, "cross_entropy", cross_entropy)
+    replace_cross_entropy(cross_entropy)
     script.main([*argv, "--resume"])
     assert differences(save_dir, unbroken[name]) == []
 
@@ -131,7 +132,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("still running")
 
-    monkeypatch.setattr(utils, "cross_entropy", twice)
+    replace_cross_entropy(twice)
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-dir", str(tmp_path / "run")])
     assert exit.value.code == 143
@@ -167,7 +168,7 @@ def test_dropout_is_a_function_of_the_step(script, moment, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return cross_entropy(*args)
 
-    monkeypatch.setattr(utils, "cross_entropy", interrupted)
+    replace_cross_entropy(interrupted)
     with pytest.raises(SystemExit):
         script.main([*options, "--save-dir", str(tmp_path / "broken")])
     script.main([*options, "--save-dir", str(tmp_path / "broken")])
@@ -331,16 +332,16 @@ def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypa
 
     def counted(run, step, after_step, epoch, asked):
         epochs.append(epoch)
-        seeds = utils.random_stream(1, "network", epoch).integers(2**63, size=6)
+        seeds = utils.rng(1, "network", epoch).integers(2**63, size=6)
         broken.seed = int(seeds[3])
         return train_epoch(run, step, after_step, epoch, asked)
 
-    monkeypatch.setattr(utils, "cross_entropy", broken)
+    replace_cross_entropy(broken)
     monkeypatch.setattr(utils, "train_epoch", counted)
     with pytest.raises(SystemExit) as exit:
         script.main([*argv])
     assert exit.value.code == 1
-    checkpoint = utils.read(save_dir / RUNS[name][1] / "checkpoint.pt")
+    checkpoint = utils.read_tensors(save_dir / RUNS[name][1] / "checkpoint.pt")
     assert checkpoint["epoch"] == 2
     assert not (save_dir / "3.pt").exists() or name != "sgd"
 
@@ -379,12 +380,12 @@ def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(
             os.kill(os.getpid(), signal.SIGINT)
         return (loss * float("nan") if len(calls) >= 9 else loss), output
 
-    monkeypatch.setattr(utils, "cross_entropy", diverging)
+    replace_cross_entropy(diverging)
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-every", "1", "--save-dir", str(tmp_path)])
     assert exit.value.code == 1
     assert "epoch 2, step 2" in capsys.readouterr().err
-    assert utils.read(tmp_path / "checkpoint.pt")["epoch"] == 1
+    assert utils.read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
 def test_an_epoch_begun_goes_on_with_its_own_batches(tmp_path, monkeypatch, refused, capsys):
@@ -393,7 +394,7 @@ def test_an_epoch_begun_goes_on_with_its_own_batches(tmp_path, monkeypatch, refu
         return cross_entropy(*args)
 
     cross_entropy = utils.cross_entropy
-    monkeypatch.setattr(utils, "cross_entropy", stopped)
+    replace_cross_entropy(stopped)
     argv = [*DIGITS, "--save-dir", str(tmp_path), "--resume"]
     with pytest.raises(SystemExit):
         train_sgd.main(argv)
@@ -416,7 +417,7 @@ def test_a_trial_that_is_not_finite_is_a_rejected_trial():
 
 HOLD = """
 import sys, time, utils
-with utils.locked(utils.Path(sys.argv[1])):
+with checkpoint.locked(utils.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -444,7 +445,7 @@ def test_a_second_run_says_who_holds_the_directory(tmp_path, refused):
 
 FORK = """
 import os, signal, sys, time, utils
-with utils.locked(utils.Path(sys.argv[1])):
+with checkpoint.locked(utils.Path(sys.argv[1])):
     if os.fork() == 0:
         print(os.getpid(), flush=True)
         time.sleep(60)
@@ -459,7 +460,7 @@ def test_a_process_that_decodes_images_does_not_hold_the_directory_of_one_that_w
         child = int(holder.stdout.readline())
         holder.wait()
         try:
-            with utils.locked(tmp_path):
+            with checkpoint.locked(tmp_path):
                 os.kill(child, 0)  # it is still there
         finally:
             os.kill(child, signal.SIGKILL)
@@ -487,7 +488,7 @@ def test_subspace_runs_do_not_hold_each_other_up(sampled, tmp_path):
     save_dir = shutil.copytree(sampled, tmp_path / "run")
     argv = [*SUBSPACE, "--epochs", "1", "--save-dir", str(save_dir)]
     (save_dir / "psgd").mkdir()
-    with utils.locked(save_dir / "psgd"):
+    with checkpoint.locked(save_dir / "psgd"):
         train_pbfgs.main(argv)
 
 

@@ -17,11 +17,13 @@ from conftest import DIGITS
 from torch import multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import cli
+import distributed
+import engine
 import models
 import train_pbfgs
 import train_psgd
 import train_sgd
-import utils
 
 SUBSPACE = ["--params_end", "4", "--n_components", "3", "--epochs", "2", "--batch-size", "200"]
 COMMANDS = {
@@ -63,7 +65,7 @@ def plain_network(arch: str, classes: int, image_size: int) -> nn.Module:
 
 def counting(sent: list, kept: list) -> None:
     """Note the bytes of what goes through the collectives, and of the basis that is kept."""
-    all_reduce, parallel, subspace = dist.all_reduce, utils.parallel, models.Subspace
+    all_reduce, parallel, subspace = dist.all_reduce, distributed.data_parallel, models.Subspace
 
     def counted_all_reduce(tensor, *rest, **options):
         sent.append(tensor.nbytes)
@@ -80,7 +82,7 @@ def counting(sent: list, kept: list) -> None:
         kept.append(made.basis.untyped_storage().nbytes())
         return made
 
-    dist.all_reduce, utils.parallel = counted_all_reduce, counted_parallel
+    dist.all_reduce, distributed.data_parallel = counted_all_reduce, counted_parallel
     models.Subspace = counted_subspace
 
 
@@ -192,8 +194,8 @@ def test_with_batchnorm_the_statistics_are_shared(tmp_path):
     for name in NORMALISED:
         rows = torch.load(tmp_path / "run" / name / "checkpoint.pt", weights_only=True)["rows"]
         assert rows[-1]["test_acc"] > 15
-    args = utils.parse(train_sgd.options(), [*DIGITS, "--save-dir", str(tmp_path / "run")])
-    row = utils.evaluate_only(args, models.build, tmp_path / "run")
+    args = cli.parse_args(train_sgd.get_options(), [*DIGITS, "--save-dir", str(tmp_path / "run")])
+    row = engine.evaluate_only(args, models.build, tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["rows"][-1]
     assert row["test_acc"] == pytest.approx(saved["test_acc"], abs=1e-3), "all tested the same"
 

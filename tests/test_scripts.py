@@ -22,6 +22,10 @@ from conftest import DIGITS
 from sklearn.decomposition import PCA
 from sklearn.metrics import top_k_accuracy_score
 
+import basis
+import checkpoint
+import cli
+import engine
 import models
 import report
 import train_pbfgs
@@ -129,7 +133,7 @@ def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_plane(script
     directory = copy / script.__name__.removeprefix("train_")
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
     ends = [copy / "2.pt", directory / "model.th"]
-    start, end = (utils.state_dict_in(file) for file in ends)
+    start, end = (utils.load_state_dict(file) for file in ends)
     moved = torch.cat([(end[name] - start[name]).flatten() for name in names]).double()
     basis = torch.from_numpy(np.load(directory / "basis.npz")["basis"]).double()
     assert moved.norm() > 0.1
@@ -172,7 +176,7 @@ def test_a_resumed_run_equals_an_unbroken_one(name, sampled, tmp_path, capsys):
             script.main([*options, "--epochs", stop, "--save-dir", str(save_dir), "--resume"])
         ends.append(torch.load(directory / "model.th", weights_only=True)["state_dict"])
         histories.append(rows(directory))
-        samples.append([utils.state_dict_in(save_dir / f"{i}.pt") for i in range(5)])
+        samples.append([utils.load_state_dict(save_dir / f"{i}.pt") for i in range(5)])
     assert histories[0] == histories[1]
     assert len(histories[0]) == 4
     assert same(*ends)
@@ -205,7 +209,7 @@ def test_a_subspace_run_goes_on_elsewhere(sampled, tmp_path):
             options = ["--resume"]
         train_psgd.main([*base, *options, "--epochs", "2"])
         assert (run / "psgd" / "basis.npz").exists()
-        ends.append(utils.state_dict_in(run / "psgd" / "model.th"))
+        ends.append(utils.load_state_dict(run / "psgd" / "model.th"))
     assert same(*ends)
 
 
@@ -249,13 +253,13 @@ def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch):
 
 def test_published_defaults_of_the_subspace_scripts():
     for script in (train_psgd, train_pbfgs):
-        args = utils.parse(script.options(), [])
+        args = cli.parse_args(script.get_options(), [])
         assert (args.arch, args.epochs, args.batch_size) == ("resnet32", 100, 128)
         assert (args.n_components, args.params_start, args.params_end) == (40, 0, 51)
         assert (args.weight_decay, args.save_every, args.randomseed) == (0, 10, 1)
-    args = utils.parse(train_psgd.options(), [])
+    args = cli.parse_args(train_psgd.get_options(), [])
     assert (args.lr, args.momentum, args.milestones) == (1, 0.9, [30, 50])
-    args = utils.parse(train_pbfgs.options(), [])
+    args = cli.parse_args(train_pbfgs.get_options(), [])
     assert (args.alpha, args.gamma, args.accumulate) == (0, 0.9, 1)
 
 
@@ -284,10 +288,10 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
     train_sgd.main(
         [*DIGITS, "--epochs", "1", "--save-dir", str(fresh), "--pretrained", str(public)]
     )
-    assert same(utils.state_dict_in(fresh / "0.pt"), state)
+    assert same(utils.load_state_dict(fresh / "0.pt"), state)
     train_psgd.main([*SUBSPACE, "--epochs", "1", "--lr", "0", "--save-dir", str(copy),
                      "--pretrained", str(public)])  # fmt: skip
-    end = utils.state_dict_in(copy / "psgd" / "model.th")
+    end = utils.load_state_dict(copy / "psgd" / "model.th")
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
 
 
@@ -300,7 +304,7 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refus
     options = ["--datasets", "digits", "--smalldatasets", "0.02", "--epochs", "1", "--pretrained"]
     options += ["--save-dir", str(tmp_path), "--arch"]
     train_sgd.main([*options, "shufflenet_v2_x0_5"])
-    first = utils.state_dict_in(tmp_path / "0.pt")
+    first = utils.load_state_dict(tmp_path / "0.pt")
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
     assert "left as initialised: fc.bias, fc.weight" in capsys.readouterr().out
@@ -326,7 +330,7 @@ def test_half_computes_in_bfloat16_and_keeps_float32(batch):
 def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
     """Both losses of the Armijo condition equal those of the network run in float32."""
     model = models.build("resnet8", 10)
-    utils.load_into(model, utils.state_dict_in(sampled / "6.pt"))
+    checkpoint.copy_into(model, utils.load_state_dict(sampled / "6.pt"))
     subspace = models.Subspace(model, torch.nn.functional.normalize(torch.randn(1, 75290)))
     args = train_pbfgs.argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
@@ -338,7 +342,7 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
             return super().step(evaluate, loss)
 
     step = train_pbfgs.make_step(args, subspace.train(), Spy([subspace.coordinates]), None)
-    with train_pbfgs.frozen_statistics(model), torch.no_grad():
+    with train_pbfgs.frozen_buffers(model), torch.no_grad():
         full, _ = utils.cross_entropy(subspace, images, labels, half=False)
     step(images, labels)
     assert compared == [full, full]
@@ -350,7 +354,7 @@ def test_options_of_pbfgs_reach_the_training(copy, monkeypatch):
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
 
     def outside() -> float:
-        start, end = (utils.state_dict_in(copy / name) for name in ("0.pt", "pbfgs/model.th"))
+        start, end = (utils.load_state_dict(copy / name) for name in ("0.pt", "pbfgs/model.th"))
         moved = torch.cat([(end[name] - start[name]).flatten() for name in names])
         basis = torch.from_numpy(np.load(copy / "pbfgs" / "basis.npz")["basis"])
         return float((moved - moved @ basis.T @ basis).norm() / moved.norm())
@@ -363,7 +367,7 @@ def test_options_of_pbfgs_reach_the_training(copy, monkeypatch):
             calls.append((len(images), half))
         return real(model, images, labels, half)
 
-    monkeypatch.setattr(utils, "cross_entropy", spy)
+    replace_cross_entropy(spy)
     train_pbfgs.main(options)
     assert outside() < 1e-4
     assert calls == [(256, False)] * 5 + [(157, False)]
@@ -387,7 +391,7 @@ def test_training_loss_is_reported_without_the_penalty(copy):
 def test_imagenet_has_30_trials(monkeypatch):
     """As published; seen where the optimizer is made, after a loading that is stubbed out."""
     network = torch.nn.Linear(2, 2)
-    basis = utils.Basis(torch.eye(6)[:2], torch.ones(2), "")
+    basis = basis.Basis(torch.eye(6)[:2], torch.ones(2), "")
     for name, result in {"load_trajectory": [], "load_data": None, "make_model": network,
                          "extract": basis}.items():  # fmt: skip
         monkeypatch.setattr(utils, name, lambda *args, result=result: result)
@@ -409,10 +413,10 @@ def test_networks_with_a_version_load(tmp_path):
     options = ["--datasets", "ImageFolder", "--arch", "mnasnet0_5"]
     file = tmp_path / "0.pt"
     torch.manual_seed(0)
-    utils.save(file, models.build("mnasnet0_5", 10).state_dict())
+    checkpoint.save(file, models.build("mnasnet0_5", 10).state_dict())
     model = models.build("mnasnet0_5", 10)
-    utils.load_file(utils.parse(train_sgd.options(), options), model, file)
-    assert same(model.state_dict(), utils.state_dict_in(file))
+    checkpoint.load_weights(cli.parse_args(train_sgd.get_options(), options), model, file)
+    assert same(model.state_dict(), utils.load_state_dict(file))
 
 
 def test_a_machine_without_git(tmp_path, monkeypatch):
@@ -453,17 +457,17 @@ def test_label_noise_is_the_same_in_all_three_scripts(tmp_path, monkeypatch):
 def test_nothing_but_finished_files_is_left(tmp_path, monkeypatch, capsys):
     """A write that fails leaves the old file and no temporary one, and ends in a line."""
     file = tmp_path / "0.pt"
-    utils.save(file, {"weight": torch.zeros(1)})
+    checkpoint.save(file, {"weight": torch.zeros(1)})
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(SystemExit):
-        utils.save(file, {"weight": torch.ones(1)})
+        checkpoint.save(file, {"weight": torch.ones(1)})
     assert "could not be written (disk full)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [file]
-    assert utils.state_dict_in(file)["weight"] == 0
+    assert utils.load_state_dict(file)["weight"] == 0
 
 
 def test_a_basis_is_computed_once_and_again_when_anything_changes(copy, monkeypatch, capsys):
@@ -544,7 +548,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path):
         samples = utils.load_samples(tmp_path / str(every), 0, last + 1)
         assert not (tmp_path / str(every) / f"{last + 1}.pt").exists()
         for number, sample in enumerate(samples):
-            step = utils.state_dict_in(tmp_path / "1" / f"{(every or 6) * number}.pt")
+            step = utils.load_state_dict(tmp_path / "1" / f"{(every or 6) * number}.pt")
             assert same(dict(sample), step)
     config = json.loads((tmp_path / "4" / "config.json").read_text())
     assert config["sample_epochs"] == pytest.approx([0, 4 / 6, 8 / 6, 2], abs=1e-6)
@@ -587,10 +591,10 @@ def test_top_5_from_a_hundred_classes_on():
         def epoch(self):
             yield torch.arange(60.0).view(60, 1, 1, 1), labels
 
-    row = utils.evaluate(Ready(), Numbers(range(60)), False)
+    row = engine.evaluate(Ready(), Numbers(range(60)), False)
     for name, k in (("test_acc", 1), ("test_top5", 5)):
         exact = top_k_accuracy_score(labels, scores.double(), k=k, labels=range(100))
         assert row[name] == pytest.approx(100 * exact)
     scores = scores[:, :10]
     labels = labels % 10
-    assert "test_top5" not in utils.evaluate(Ready(), Numbers(range(60)), False)
+    assert "test_top5" not in engine.evaluate(Ready(), Numbers(range(60)), False)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden import Golden, close
 
+import engine
 import utils
 from models import Subspace, build
 from models import subspace as subspace_module
@@ -109,7 +110,7 @@ def test_psgd_is_projected_sgd_in_the_full_space(tiny, batch, orthonormal):
     full = torch.optim.SGD(tiny.parameters(), 0.5, 0.9)
     for _ in range(6):
         plane.zero_grad()
-        (F.cross_entropy(subspace(images), labels) + utils.penalty(args, subspace)).backward()
+        (F.cross_entropy(subspace(images), labels) + engine.l2_penalty(args, subspace)).backward()
         plane.step()
 
         full.zero_grad()
