@@ -12,17 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import (
-    check_config,
-    check_fits,
-    copy_into,
-    fingerprint,
-    load_weights,
-    sample_range,
-    save,
-)
+from checkpoint import check_config, fingerprint, sample_range, save
 from distributed import all_reduce, on_rank0, print0, same_everywhere
 from errors import InputError, blame
+from network import check_fits, copy_into, load_weights
 from utils import (
     Sample,
     abbreviate,
@@ -81,16 +74,26 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
         return load_trajectory(args, sample_range(vars(args)))
 
 
+def load_average(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
+    """Put `model` at the mean of the samples."""
+    check_samples(args, samples, model)
+    copy_into(model, average(samples))
+
+
+def check_samples(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
+    """InputError that names a sample that does not fit --arch."""
+    with blame():
+        for sample in samples:
+            check_fits(sample, model, sample.file, args.arch)
+
+
 def load_start(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
     """Put `model` where training in the subspace starts.
 
     That is --start, else the first sample unless --pretrained named other weights.
     """
-    with blame():
-        for sample in samples:
-            check_fits(sample, model, sample.file, args.arch)
     if args.start == "mean":
-        copy_into(model, average(samples))
+        load_average(args, samples, model)
     elif args.start is not None or not args.pretrained:
         start = args.params_start if args.start is None else args.start
         with blame("--start" if args.start is not None else ""):
@@ -99,6 +102,7 @@ def load_start(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Mo
 
 def find_basis(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> Basis:
     """The basis of --basis, from an earlier run's basis.npz if one has the same, else computed."""
+    check_samples(args, samples, model)
     parameters = trainable(model)
     names, n = list(parameters), sum(p.numel() for p in parameters.values())
     files = [sample.file for sample in samples] if args.basis in BASES else [Path(args.basis)]

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from distributed import on_rank0, print0, rank, restart_count
 from errors import InputError, blame
-from utils import kinds, load_state_dict, read_tensors
+from network import check_finite_values, check_fits
+from utils import read_tensors
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
 RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
-RESUMED += ("sample_every",)
+RESUMED += ("sample_every", "average")
 # These too in an epoch, or where samples count steps.
 MIDWAY = ("batch_size", "accumulate", "start_epoch")
 
@@ -87,40 +88,6 @@ def on_cpu(value: Any) -> Any:
     return [on_cpu(part) for part in value] if isinstance(value, list) else value
 
 
-# ------------------------------------------------------------------------------------ weights
-
-
-def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
-    """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
-    own, given = kinds(module.state_dict()), kinds(state)
-    for name in own | given:
-        if own.get(name) != given.get(name):
-            raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
-
-
-def check_finite_values(state: Mapping[str, Tensor], module: nn.Module, file: Path) -> None:
-    """ValueError for a state that is not finite where the module itself is: masks hold −inf."""
-    own = module.state_dict()
-    for name, value in state.items():
-        if not (value.isfinite() | ~own[name].isfinite().cpu()).all():
-            raise ValueError(f"{file}: {name} is not finite")
-
-
-@torch.no_grad()
-def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a state that fits: some networks' `load_state_dict` asks for more than a plain one."""
-    for name, value in module.state_dict().items():
-        value.copy_(state[name])
-
-
-def load_weights(model: nn.Module, file: Path, arch: str) -> None:
-    """Load the weights in `file`; raises ValueError where they do not fit the model."""
-    state = load_state_dict(file)
-    check_fits(state, model, file, arch)
-    check_finite_values(state, model, file)
-    copy_into(model, state)
-
-
 def fingerprint(files: Sequence[Path], *options: Any) -> str:
     """A digest of the contents of `files`, as their own checksums tell them, and of `options`.
 
@@ -146,6 +113,12 @@ def sample_range(arguments: Mapping[str, Any]) -> range:
         return range(*arguments["average"])
     names = ("params_start", "params_end", "params_stride")
     return range(*(arguments[name] for name in names)) if "basis" in arguments else range(0)
+
+
+def sample_fingerprint(args: argparse.Namespace) -> str | None:
+    """The fingerprint of the samples that a run takes; None where it takes none."""
+    files = [args.save_dir / f"{number}.pt" for number in sample_range(vars(args))]
+    return fingerprint(files) if files else None
 
 
 def check_same(
@@ -183,12 +156,12 @@ def check_config(args: argparse.Namespace, file: Path) -> None:
 
 
 def read_checkpoint(
-    args: argparse.Namespace, directory: Path, model: nn.Module, computed_from: str | None
+    args: argparse.Namespace, directory: Path, model: nn.Module, source: str | None
 ) -> tuple[Path, dict] | None:
-    """The file that the options say to resume from, and what it holds; None to start anew.
+    """The file that the options say to resume from, and what it holds; None to start afresh.
 
-    `computed_from` is the fingerprint of the basis. Raises InputError where the checkpoint is not
-    of the same experiment.
+    `source` is the fingerprint of the samples that the run builds on. Raises InputError where the
+    checkpoint is not of the same experiment.
     """
     own = directory / "checkpoint.pt"
     # After a restart the run's own is further than the one it began with.
@@ -198,15 +171,14 @@ def read_checkpoint(
     with blame("--resume"):
         checkpoint = read_tensors(file)
         try:
-            check_checkpoint(args, checkpoint, model, computed_from, file)
+            check_checkpoint(args, checkpoint, model, source, file)
         except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
             raise ValueError(f"{file}: not a checkpoint.pt of these scripts") from error
     return file, checkpoint
 
 
 def check_checkpoint(
-    args: argparse.Namespace, checkpoint: dict, model: nn.Module, computed_from: str | None,
-    file: Path
+    args: argparse.Namespace, checkpoint: dict, model: nn.Module, source: str | None, file: Path
 ) -> None:  # fmt: skip
     """ValueError for a checkpoint of another experiment, network or basis.
 
@@ -218,7 +190,7 @@ def check_checkpoint(
     check_same(args, checkpoint["arguments"], kept, file)
     check_fits(checkpoint["states"]["model"], model, file, args.arch)
     check_finite_values(checkpoint["states"]["model"], model, file)
-    if computed_from and checkpoint["basis"] != computed_from:
+    if source and checkpoint["basis"] != source:
         raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
     sums = [progress.get("seconds", 0.0), *progress.get("totals", {}).values()]
     last = [row["epoch"] + row["test_acc"] for row in rows[-1:]]

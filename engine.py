@@ -21,17 +21,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-import models
 from basis import Basis, computed_from, save_basis
 from checkpoint import (
     MIDWAY,
     RESUMED,
     claim,
-    copy_into,
-    fingerprint,
     load_optimizer,
-    load_weights,
     read_checkpoint,
+    sample_fingerprint,
     sample_range,
     save,
 )
@@ -46,70 +43,12 @@ from distributed import (
     world_size,
 )
 from errors import InputError, blame
+from network import build_model, copy_into, load_weights
 from utils import Data, batch_sizes, load_data, read_tensors, rng, trainable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# ---------------------------------------------------------------------------------- the network
-
-
-def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
-    """The network of --arch on the device, initialized with the seed or from --pretrained."""
-    torch.manual_seed(args.randomseed)
-    with blame("--arch", (ValueError, TypeError)):
-        model = models.build(args.arch, data.num_classes, args.image_size)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"{args.arch}: gives a {type(model).__name__}, not a torch.nn.Module")
-    check_network(args, model, data)
-    with blame("--pretrained"):
-        if args.pretrained is True:
-            load_torchvision_weights(model, args.arch)
-        elif args.pretrained:
-            load_weights(model, args.pretrained, args.arch)
-    model = model.to(args.device)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
-
-
-@torch.no_grad()
-def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
-    """InputError for a network that such data cannot train or test; leaves it as it was."""
-    initial = {name: value.clone() for name, value in model.state_dict().items()}
-    size, classes = args.image_size, data.num_classes
-    # Every network fails in its own way on images too small for it, or on one alone.
-    with blame(f"--arch {args.arch}: cannot take images of {size} × {size} pixels", Exception):
-        outputs = [model.train(mode)(torch.zeros(2, 3, size, size)) for mode in (True, False)]
-    for logits in outputs:
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(
-                f"--arch {args.arch}: gives {given} for two images, not (2, {classes}) numbers"
-            )
-    if 1 in (len(data.train), args.batch_size) and not args.evaluate:
-        fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
-        what = f"--batch-size {args.batch_size}{fewer}: a batch of one image, on which {args.arch}"
-        with blame(f"{what} cannot train", Exception):
-            model.train()(torch.zeros(1, 3, size, size))
-    copy_into(model, initial)
-
-
-def load_torchvision_weights(model: nn.Module, arch: str) -> None:
-    """Load torchvision's best weights, except for a classifier of another number of classes.
-
-    Raises ValueError where torchvision has none for `arch`.
-    """
-    if arch not in torchvision.models.list_models():
-        raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
-    if getattr(model, "variant", "") == "for small images":
-        raise ValueError(f"torchvision's weights are for {arch} as it is there; name a file: PATH")
-    weights = torchvision.models.get_model_weights(arch).DEFAULT
-    try:
-        own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # network, disk or archive
-        raise ValueError(f"{weights} not downloaded ({error}); name a file: PATH") from error
-    fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
-    copy_into(model, own | fits)
-    left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
-    print0(f"pretrained: {weights}; left as initialized: {left}")
+# ---------------------------------------------------------------------------- loss and tests
 
 
 def cross_entropy(
@@ -240,16 +179,16 @@ class Run:
     ) -> None:  # fmt: skip
         self.args, self.directory, self.data, self.basis = args, directory, data, basis
         self.model, self.optimizer = model, optimizer
-        self.states = {"model": model, "optimizer": optimizer} | others
+        self.states = {"model": model} | ({"optimizer": optimizer} if optimizer else {}) | others
         self.sizes = batch_sizes(len(data.train), data.train.batch_size)
         self.plain = model.model if basis else model  # the network itself
         self.n = sum(parameter.numel() for parameter in trainable(self.plain).values())
         self.rows: list[dict] = []
         self.done, self.seconds, self.signal = 0, 0.0, 0  # batches and seconds of an epoch begun
         self.totals: Counter = Counter()  # sums over them, on the device
-        source = basis and basis.computed_from
+        self.source = basis.computed_from if basis else sample_fingerprint(args)
         # Rank 0 decides, and sends what it read: the others may not see its files.
-        found = on_rank0(lambda: read_checkpoint(args, directory, model, source))
+        found = on_rank0(lambda: read_checkpoint(args, directory, model, self.source))
         if found:
             self.restore(*found)
         self.fresh = not found
@@ -258,7 +197,7 @@ class Run:
         self.held = claim(args, directory, keep=own)
         if (self.epoch < args.epochs or not own) and rank() == 0:
             self.write_config(own)
-        if basis and computed_from(directory / "basis.npz") != source:
+        if basis and computed_from(directory / "basis.npz") != basis.computed_from:
             # Some of the columns are no basis: without any, the file has the variances.
             save_basis(
                 directory / "basis.npz",
@@ -320,10 +259,8 @@ class Run:
             numbers = range(args.epochs * self.steps // every + 1)
             facts["sample_epochs"] = [round(i * every / self.steps, 6) for i in numbers]
         if numbers := sample_range(vars(args)):
-            facts["samples"] = list(numbers)
             # With it a report can tell that the samples are still those that were used.
-            files = [args.save_dir / f"{number}.pt" for number in numbers]
-            facts["fingerprint"] = fingerprint(files)
+            facts |= {"samples": list(numbers), "fingerprint": sample_fingerprint(args)}
         return facts
 
     # Training
@@ -437,7 +374,7 @@ class Run:
         return self.optimizer.param_groups[0].get("lr")
 
     def end_epoch(self) -> None:
-        """Test, and write the epoch's metrics and, where due, the checkpoint and model.th."""
+        """Test, record the epoch's metrics and say them."""
         args = self.args
         row = {"epoch": self.epoch + 1, "lr": self.lr()} | self.means() | {"seconds": self.seconds}
         if self.basis:
@@ -448,13 +385,7 @@ class Run:
             torch.manual_seed(int(seed) + rank())
             recompute_statistics(self.model, self.single_batches())
         row |= evaluate(self.model, self.until_signal(self.data.test.epoch()), args.half)
-        self.rows.append(row)
-        self.done, self.seconds, self.totals = 0, 0.0, Counter()
-        if row["epoch"] % args.save_every == 0 or row["epoch"] == args.epochs:
-            self.save_checkpoint()
-            self.save_results()
-        else:
-            self.save_metrics()
+        self.record(row)
         with tqdm.external_write_mode():  # above the bar
             print0(
                 f"epoch {row['epoch']:3d}/{args.epochs}  "
@@ -462,6 +393,16 @@ class Run:
                 f"test loss {row['test_loss']:.4f}, accuracy {accuracy_text(row)}"
                 f"  {row['seconds']:.1f} s"
             )
+
+    def record(self, row: dict) -> None:
+        """Write a row of metrics, and where due the checkpoint and model.th."""
+        self.rows.append(row)
+        self.done, self.seconds, self.totals = 0, 0.0, Counter()
+        if row["epoch"] % self.args.save_every == 0 or row["epoch"] == self.args.epochs:
+            self.save_checkpoint()
+            self.save_results()
+        else:
+            self.save_metrics()
 
     def means(self) -> dict[str, float]:
         """The epoch's mean loss, accuracy in percent and details."""
@@ -536,7 +477,7 @@ class Run:
             "rows": self.rows,
             "progress": progress,
             "arguments": {n: getattr(self.args, n) for n in RESUMED + MIDWAY if n in self.args},
-            "basis": self.basis and self.basis.computed_from,
+            "basis": self.source,
         }
         save(self.directory / "checkpoint.pt", self.summary() | needed)
 

@@ -26,7 +26,8 @@ from cli import (
     positive,
 )
 from distributed import all_mean, broadcast, world_size
-from engine import Run, build_model, cross_entropy, evaluate_only, l2_penalty
+from engine import Run, cross_entropy, evaluate_only, l2_penalty
+from network import build_model
 from utils import batch_sizes, load_data
 
 

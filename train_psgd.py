@@ -18,7 +18,8 @@ from cli import (
     parse_args,
 )
 from distributed import data_parallel
-from engine import Run, build_model, cross_entropy, evaluate_only, l2_penalty, set_lr
+from engine import Run, cross_entropy, evaluate_only, l2_penalty, set_lr
+from network import build_model
 from utils import load_data
 
 

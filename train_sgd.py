@@ -6,7 +6,6 @@ writes save/0.pt (the initialization), save/1.pt, … (after each epoch, or --sa
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,21 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from basis import load_trajectory
-from checkpoint import check_disk, check_fits, copy_into, fingerprint, save
+from basis import load_average, load_trajectory
+from checkpoint import check_disk, save
 from cli import Parser, add_schedule_options, entry_point, get_parser, natural, parse_args, positive
-from distributed import average_buffers, data_parallel, on_rank0, print0
-from engine import (
-    Run,
-    build_model,
-    cross_entropy,
-    evaluate,
-    evaluate_only,
-    recompute_statistics,
-    set_lr,
-)
+from distributed import average_buffers, data_parallel, print0
+from engine import Run, cross_entropy, evaluate, evaluate_only, recompute_statistics, set_lr
 from errors import InputError, blame
-from utils import average, batch_sizes, load_data
+from network import build_model
+from utils import batch_sizes, load_data
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001}
 # Epochs after which the learning rate drops to a tenth.
@@ -68,45 +60,26 @@ def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None
     save(args.save_dir / f"{number}.pt", model.state_dict())
 
 
-def earlier_average(args: argparse.Namespace, directory: Path, source: str) -> dict | None:
-    """The row that an earlier --average of the same samples left; None where there is none."""
-    if args.resume is not True or not (directory / "model.th").exists():
-        return None
-    with blame(f"{directory}: not readable", Exception):
-        config = json.loads((directory / "config.json").read_text())
-        row = json.loads((directory / "metrics.jsonl").read_text())
-    if (config["arguments"].get("average"), config.get("fingerprint")) != (args.average, source):
-        raise InputError(f"--resume: {directory} holds another result; --overwrite it")
-    return row
-
-
 def test_average(args: argparse.Namespace) -> dict:
     """Test the weight average of samples, and save it in the folder average/ of their directory."""
     if isinstance(args.resume, Path):
         raise InputError("--resume: not with --average and a PATH; allowed: without one")
-    directory = args.save_dir / "average"
     with blame("--average"):
         samples = load_trajectory(args, range(*args.average))
         if not samples:
             raise ValueError(f"{args.average}: allowed: START below END")
-        source = fingerprint([sample.file for sample in samples])
-    if row := on_rank0(lambda: earlier_average(args, directory, source)):
-        print0(f"{directory}: was done, test accuracy {row['test_acc']:.2f} %")
-        return row
+    args.epochs = args.start_epoch = 0
     data = load_data(args)
     model = build_model(args, data)
-    began = time.perf_counter()
-    with blame("--average"):
-        for sample in samples:
-            check_fits(sample, model, sample.file, args.arch)
-    copy_into(model, average(samples))
-    recompute_statistics(model, (images for images, _ in data.train.epoch()))
-    row = {"epoch": 0, "seconds": time.perf_counter() - began}
-    row |= evaluate(model, data.test.epoch(), args.half)
-    with Run(args, directory, data, model) as run:
-        run.rows.append(row)
-        run.save_results()
-    print0(f"{directory}: average of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %")
+    load_average(args, samples, model)
+    with Run(args, args.save_dir / "average", data, model) as run:
+        if not run.rows:
+            began = time.perf_counter()
+            recompute_statistics(model, (images for images, _ in data.train.epoch()))
+            row = {"epoch": 0, "seconds": time.perf_counter() - began}
+            run.record(row | evaluate(model, data.test.epoch(), args.half))
+    row = run.rows[-1]
+    print0(f"{run.directory}: test accuracy {row['test_acc']:.2f} % of {len(samples)} samples")
     return row
 
 

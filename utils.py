@@ -225,9 +225,7 @@ def open_image(file: str) -> Image.Image:
         if image.mode.startswith("I;16"):  # `convert` would clip it to 0 … 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError(
-                f"{file}: 32-bit pixels have no known range; save 8 or 16 bits"
-            )
+            raise ValueError(f"{file}: 32-bit pixels have no known range; save 8 or 16 bits")
         return image.convert("RGB")
     except Exception as error:  # each format has its own ways to be broken
         if str(error).startswith(f"{file}: "):
@@ -547,14 +545,6 @@ def average(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Shapes, and what else tensors have to share to be copied into each other."""
-    return {
-        name: (v.shape, v.layout, v.is_quantized, v.is_floating_point(), v.is_complex())
-        for name, v in state.items()
-    }
-
-
 def parameter_names(sample: Mapping[str, Tensor]) -> list[str]:
     """The entries of a state dict that are trained: all but BatchNorm's statistics."""
     return [name for name in sample if name.rpartition(".")[2] not in BATCHNORM_STATISTICS]
@@ -674,7 +664,8 @@ def pca(
     if not isinstance(samples[0], Mapping):
         samples = [{"": torch.as_tensor(sample)} for sample in samples]
     names = parameter_names(samples[0]) if names is None else names
-    if any(kinds(sample) != kinds(samples[0]) for sample in samples):
+    shapes = [{name: sample[name].shape for name in names} for sample in samples]
+    if any(own != shapes[0] for own in shapes):
         raise ValueError("the samples differ in their shapes")
     own = samples[0][names[0]].dtype
     own = own if own.is_floating_point else torch.float64

@@ -1,0 +1,112 @@
+"""The network of a run: how it is built and checked, and the weights that are loaded into it."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import models
+from distributed import print0
+from errors import InputError, blame
+from utils import Data, load_state_dict
+
+
+def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
+    """The network of --arch on the device, initialized with the seed or from --pretrained."""
+    torch.manual_seed(args.randomseed)
+    with blame("--arch", (ValueError, TypeError)):
+        model = models.build(args.arch, data.num_classes, args.image_size)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{args.arch}: gives a {type(model).__name__}, not a torch.nn.Module")
+    check_network(args, model, data)
+    with blame("--pretrained"):
+        if args.pretrained is True:
+            load_torchvision_weights(model, args.arch)
+        elif args.pretrained:
+            load_weights(model, args.pretrained, args.arch)
+    model = model.to(args.device)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
+
+
+@torch.no_grad()
+def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
+    """InputError for a network that such data cannot train or test; leaves it as it was."""
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    size, classes = args.image_size, data.num_classes
+    # Every network fails in its own way on images too small for it, or on one alone.
+    with blame(f"--arch {args.arch}: cannot take images of {size} × {size} pixels", Exception):
+        outputs = [model.train(mode)(torch.zeros(2, 3, size, size)) for mode in (True, False)]
+    for logits in outputs:
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(
+                f"--arch {args.arch}: gives {given} for two images, not (2, {classes}) numbers"
+            )
+    if 1 in (len(data.train), args.batch_size) and not args.evaluate:
+        fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
+        what = f"--batch-size {args.batch_size}{fewer}: a batch of one image, on which {args.arch}"
+        with blame(f"{what} cannot train", Exception):
+            model.train()(torch.zeros(1, 3, size, size))
+    copy_into(model, initial)
+
+
+def load_torchvision_weights(model: nn.Module, arch: str) -> None:
+    """Load torchvision's best weights, except for a classifier of another number of classes.
+
+    Raises ValueError where torchvision has none for `arch`.
+    """
+    if arch not in torchvision.models.list_models():
+        raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
+    if getattr(model, "variant", "") == "for small images":
+        raise ValueError(f"torchvision's weights are for {arch} as it is there; name a file: PATH")
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    try:
+        own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # network, disk or archive
+        raise ValueError(f"{weights} not downloaded ({error}); name a file: PATH") from error
+    fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
+    copy_into(model, own | fits)
+    left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
+    print0(f"pretrained: {weights}; left as initialized: {left}")
+
+
+def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
+    """Shapes, and what else tensors have to share to be copied into each other."""
+    return {
+        name: (v.shape, v.layout, v.is_quantized, v.is_floating_point(), v.is_complex())
+        for name, v in state.items()
+    }
+
+
+def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
+    """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
+    own, given = kinds(module.state_dict()), kinds(state)
+    for name in own | given:
+        if own.get(name) != given.get(name):
+            raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
+
+
+def check_finite_values(state: Mapping[str, Tensor], module: nn.Module, file: Path) -> None:
+    """ValueError for a state that is not finite where the module itself is: masks hold −inf."""
+    own = module.state_dict()
+    for name, value in state.items():
+        if not (value.isfinite() | ~own[name].isfinite().cpu()).all():
+            raise ValueError(f"{file}: {name} is not finite")
+
+
+@torch.no_grad()
+def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state that fits: some networks' `load_state_dict` asks for more than a plain one."""
+    for name, value in module.state_dict().items():
+        value.copy_(state[name])
+
+
+def load_weights(model: nn.Module, file: Path, arch: str) -> None:
+    """Load the weights in `file`; raises ValueError where they do not fit the model."""
+    state = load_state_dict(file)
+    check_fits(state, model, file, arch)
+    check_finite_values(state, model, file)
+    copy_into(model, state)
