@@ -41,7 +41,7 @@ def main() -> None:
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     split = utils.Split(images, torch.zeros(args.images, dtype=torch.long), [])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = utils.Images(split, utils.DATASETS["CIFAR10"], args.batch_size, device, seed=1)
+    ours = utils.TensorLoader(split, utils.DATASETS["CIFAR10"], args.batch_size, device, seed=1)
     theirs = torch.utils.data.DataLoader(
         Pictures(pixels), args.batch_size, shuffle=True, num_workers=2
     )
@@ -63,7 +63,7 @@ def main() -> None:
         rows.append([name, f"{middle} ({low}–{high})", ratio])
     columns = ["pipeline", "images/s", "× the first"]
     note = f"Median (range) of {args.repetitions} alternating epochs, {args.images:,} images."
-    show("data: flip, pad 4, crop, normalise", columns, rows, note)
+    show("data: flip, pad 4, crop, normalize", columns, rows, note)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from timing import DEVICE, peak_memory, show
 
+import checkpoint
 import models
 import utils
 
@@ -26,7 +27,7 @@ def write_trajectory(directory: Path, arch: str, samples: int) -> int:
     torch.manual_seed(0)
     model = models.build(arch, 10)
     for number in range(samples):
-        utils.save(directory / f"{number}.pt", model.state_dict())
+        checkpoint.save(directory / f"{number}.pt", model.state_dict())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += torch.randn_like(parameter) / (10 + number)

@@ -21,7 +21,8 @@ from timing import DEVICE, alternate, peak_memory, show, spread
 
 import models
 import utils
-from train_pbfgs import PBFGS, frozen_statistics, make_step
+from engine import cross_entropy
+from train_pbfgs import PBFGS, Batch, frozen_buffers
 
 
 class Case:
@@ -58,7 +59,7 @@ class Case:
 
         @torch.no_grad()
         def run() -> None:
-            with frozen_statistics(bare):
+            with frozen_buffers(bare):
                 F.cross_entropy(bare(images), labels)
 
         return run
@@ -77,7 +78,7 @@ class Case:
 
         def run() -> None:
             sgd.zero_grad()
-            loss, _ = utils.cross_entropy(subspace, *self.batch, False)
+            loss, _ = cross_entropy(subspace, *self.batch, False)
             loss.backward()
             sgd.step()
 
@@ -86,8 +87,15 @@ class Case:
     def pbfgs(self) -> Callable[[], object]:
         subspace = models.Subspace(self.model(), self.basis).train()
         args = argparse.Namespace(batch_size=len(self.batch[1]), half=False, weight_decay=0.0)
-        step = make_step(args, subspace, PBFGS([subspace.coordinates]), None)
-        return lambda: self.trials.append(1 + step(*self.batch)[2]["trials"])
+        optimizer = PBFGS([subspace.coordinates])
+
+        def run() -> None:
+            subspace.zero_grad()
+            batch = Batch(args, subspace, *self.batch, 1.0)
+            _, _, start = batch.backward()
+            self.trials.append(1 + optimizer.step(batch.evaluate, start))
+
+        return run
 
 
 NAMES = ("network", "forward", "product", "projection", "psgd", "pbfgs")
