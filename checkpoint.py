@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from distributed import on_rank0, print0, rank, restart_count
+from distributed import on_rank0, print0, rank, restart_count, world_size
 from errors import InputError, blame
 from network import check_finite_values, check_fits
-from utils import read_tensors
+from utils import read_tensors, size_text
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
@@ -150,6 +152,41 @@ def check_config(args: argparse.Namespace, file: Path) -> None:
     """InputError for options that contradict the config.json of the run whose files are used."""
     if not on_rank0(lambda: is_same_experiment(args, file)):
         print0(f"{file} is missing: not checked that its run had this data, network and seed")
+
+
+def save_config(
+    args: argparse.Namespace, directory: Path, facts: dict[str, Any], epoch: int, resumed: bool
+) -> None:
+    """Write config.json: `facts`, the first session at the top, and all under `sessions`.
+
+    A session is a start that trains: its arguments, on what it ran, and from which epoch.
+    """
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    session = {
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        | {"python": platform.python_version()},
+        "commit": git_commit(),
+        "from_epoch": epoch,
+    }
+    file, earlier = directory / "config.json", {}
+    if resumed and rank() == 0 and file.exists():
+        with blame(f"{file}: not readable", Exception):
+            earlier = json.loads(file.read_text())
+    first = {name: earlier.get(name) for name in session}  # all that earlier versions wrote of it
+    sessions = [*earlier.pop("sessions", [first] if earlier else []), session]
+    config = session | earlier | facts | {"sessions": sessions}
+    save(file, json.dumps(config, indent=2) + "\n")
+
+
+def git_commit() -> str | None:
+    """The commit these scripts are at, where git can tell."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # ----------------------------------------------------------------------------- checkpoint.pt
@@ -297,15 +334,15 @@ def check_disk(args: argparse.Namespace, model: nn.Module, numbers: range) -> No
     there = sum((args.save_dir / f"{i}.pt").exists() for i in numbers)
     count = len(numbers) - (0 if args.overwrite else there)
     size = sum(value.nbytes for value in model.state_dict().values())
+    if not count:
+        return
     # checkpoint.pt takes three sizes, twice while the next one is written, and model.th one.
-    needed = (len(numbers) - there + 7) * size if count else 0
+    needed = (len(numbers) - there + 7) * size
     disk = next(
         path for path in [args.save_dir, *args.save_dir.absolute().parents] if path.exists()
     )
     free = shutil.disk_usage(disk).free
-    what = f"{count} samples of {size / 2**20:.1f} MiB, {needed / 2**30:.2f} GiB with checkpoints"
+    what = f"{count} samples of {size_text(size)}, {size_text(needed)} with checkpoints"
     if needed > free:
-        raise InputError(
-            f"--save-dir {args.save_dir}: {what}, but {free / 2**30:.2f} GiB of disk are free"
-        )
-    print0(f"{what}; {free / 2**30:.1f} GiB of disk are free")
+        raise InputError(f"--save-dir {args.save_dir}: {what}, but {size_text(free)} are free")
+    print0(f"{what}; {size_text(free)} of disk are free")

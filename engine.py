@@ -3,20 +3,16 @@
 import argparse
 import contextlib
 import json
-import platform
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -31,6 +27,7 @@ from checkpoint import (
     sample_fingerprint,
     sample_range,
     save,
+    save_config,
 )
 from distributed import (
     all_reduce,
@@ -195,8 +192,8 @@ class Run:
         self.epoch = self.rows[-1]["epoch"] if self.rows else args.start_epoch
         own = found is not None and found[0].resolve().parent == directory.resolve()
         self.held = claim(args, directory, keep=own)
-        if (self.epoch < args.epochs or not own) and rank() == 0:
-            self.write_config(own)
+        if self.epoch < args.epochs or not own:
+            save_config(args, directory, self.facts(), self.epoch, resumed=own)
         if basis and computed_from(directory / "basis.npz") != basis.computed_from:
             # Some of the columns are no basis: without any, the file has the variances.
             save_basis(
@@ -225,21 +222,8 @@ class Run:
         begun = f", and {self.done} batches of the next" if self.done else ""
         print0(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
 
-    def write_config(self, resumed: bool) -> None:
-        """Write config.json: the run as it began, and under `sessions` each start that trained."""
-        file = self.directory / "config.json"
-        facts = session_facts(self.args) | {"from_epoch": self.epoch}
-        config = {}
-        if resumed and file.exists():
-            with blame(f"{file}: not readable", Exception):
-                config = json.loads(file.read_text())
-        first = {name: config.get(name) for name in facts} if config else facts
-        sessions = [*config.get("sessions", [first] if config else []), facts]
-        config = facts | self.facts() | config | self.sample_facts() | {"sessions": sessions}
-        save(file, json.dumps(config, indent=2) + "\n")
-
     def facts(self) -> dict[str, Any]:
-        """What config.json tells of data and network."""
+        """What config.json tells of network, data and samples."""
         args, data = self.args, self.data
         facts = {
             "arch": args.arch,
@@ -250,14 +234,11 @@ class Run:
             "num_classes": data.num_classes,
             "corrupted_labels": int(args.corrupt * len(data.train)),
         }
-        return facts | ({"k": len(self.basis.basis)} if self.basis else {})
-
-    def sample_facts(self) -> dict[str, Any]:
-        """What config.json tells of the samples that the run takes, or leaves."""
-        args, facts = self.args, {}
         if every := getattr(args, "sample_every", None):
             numbers = range(args.epochs * self.steps // every + 1)
             facts["sample_epochs"] = [round(i * every / self.steps, 6) for i in numbers]
+        if self.basis:
+            facts["k"] = len(self.basis.basis)
         if numbers := sample_range(vars(args)):
             # With it a report can tell that the samples are still those that were used.
             facts |= {"samples": list(numbers), "fingerprint": sample_fingerprint(args)}
@@ -276,15 +257,15 @@ class Run:
         return self.epoch * self.steps + self.done
 
     def __enter__(self) -> "Run":
-        args, data = self.args, self.data
+        args, data, threads = self.args, self.data, torch.get_num_threads()
         variant = f" ({self.plain.variant})" if hasattr(self.plain, "variant") else ""
-        corrupted = int(args.corrupt * len(data.train))
         several = f", {world_size()} processes" if world_size() > 1 else ""
         print0(
             f"{self.directory}: {args.arch}{variant}, {self.n:,} parameters; {args.datasets}, "
-            f"{len(data.train):,} training images ({corrupted:,} corrupted labels), "
-            f"{len(data.test):,} test images; {args.device}, {torch.get_num_threads()} threads"
-            f"{several}"
+            f"{len(data.train):,} training images "
+            f"({int(args.corrupt * len(data.train)):,} corrupted labels), "
+            f"{len(data.test):,} test images; "
+            f"{args.device}, {threads} thread{'s' * (threads > 1)}{several}"
         )
         self.handlers = contextlib.ExitStack()
         self.handlers.enter_context(handling(self.on_signal))
@@ -496,24 +477,3 @@ class Run:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return read_tensors(self.directory / "model.th")["epoch"] == self.epoch
         return False
-
-
-def session_facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What config.json tells of a start: the arguments, and on what they ran."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    return {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "processes": world_size(),
-        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-        | {"python": platform.python_version()},
-        "commit": git_commit(),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit these scripts are at, where git can tell."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -386,7 +386,7 @@ def check_image_memory(split: Split, size: int, padding: int, augmented: bool, d
     what = f"{n:,} images of {size} × {size} pixels"
     check_memory(needed, what, device, "a smaller --image-size or --smalldatasets")
     if needed > 2**30:
-        print0(f"{what}: {needed / 2**30:.1f} GiB of memory at most")
+        print0(f"{what}: {size_text(needed)} of memory at most")
 
 
 def load_data(args: argparse.Namespace) -> Data:
@@ -424,9 +424,14 @@ def check_memory(needed: float, what: str, device: str, cure: str) -> None:
     free = free_memory(device)
     if needed > free:
         raise ValueError(
-            f"{what} take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}; "
+            f"{what} take {size_text(needed)}, {size_text(free)} are free on {device}; "
             f"allowed: {cure}"
         )
+
+
+def size_text(size: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 # ------------------------------------------------------------------ parameters as one vector
