@@ -161,10 +161,10 @@ def save_config(
 
     A session is a start that trains: its arguments, on what it ran, and from which epoch.
     """
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    hardware = torch.get_device_module(args.device)
     session = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "device": device,
+        "device": getattr(hardware, "get_device_name", platform.machine)(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}

@@ -200,8 +200,8 @@ def get_parser(description: str, arch: str, epochs: int, weight_decay: float) ->
     add("--pretrained", type=path, nargs="?", const=True, metavar="PATH",
         help="start from these weights (without PATH: torchvision's, where it has them)")
     add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto is cuda where there is one, else cpu")
+    add("--device", metavar="DEVICE", default="auto",
+        help="cpu, cuda, mps, xpu …; auto is the accelerator that torch sees, else cpu")
     add("--channels-last", action=argparse.BooleanOptionalAction,
         help="give the network its images in channels_last memory format (default: on the CPU)")
     add("--compile", action="store_true", help="compile the network (torch.compile)")
@@ -269,10 +269,7 @@ def add_subspace_options(parser: Parser) -> None:
 def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options given, with what they leave open (device, image size) decided."""
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = pick_device(args.device)
     distributed.init(args.device)
     if restart_count() and not args.evaluate:  # the command is that of the first start
         args.resume, args.overwrite = args.resume or True, False
@@ -282,6 +279,17 @@ def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace
         args.channels_last = args.device == "cpu"
     configure_torch(args)
     return args
+
+
+def pick_device(name: str) -> str:
+    """The type of device that --device names; InputError for one that torch does not see."""
+    seen = "cpu"
+    if torch.accelerator.is_available():
+        seen = torch.accelerator.current_accelerator().type
+    if name not in ("auto", "cpu", seen):
+        allowed = ", ".join(dict.fromkeys(("auto", "cpu", seen)))
+        raise InputError(f"--device {name}: torch sees no such device here; allowed: {allowed}")
+    return seen if name == "auto" else name
 
 
 def check_combinations(args: argparse.Namespace) -> None:

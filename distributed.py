@@ -46,16 +46,19 @@ def init(device: str) -> None:
     """Join the process group where torchrun started this process, and take its GPU."""
     if not under_torchrun():
         return
-    if device == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device != "cpu":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if local >= there:
             raise InputError(f"--nproc_per_node: allowed: at most {there}, one process per GPU")
-        torch.cuda.set_device(local)
+        torch.get_device_module(device).set_device(local)
     if not dist.is_initialized():
         store, number, size = next(dist.rendezvous("env://"))
         # After a restart the store still knows the processes that are gone.
         store = dist.PrefixStore(str(restart_count()), store)
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        backend = "gloo"
+        if device != "cpu":
+            own = dist.Backend.default_device_backend_map.get(device, "gloo")
+            backend = f"cpu:gloo,{device}:{own}"
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
         atexit.register(dist.destroy_process_group)
 
