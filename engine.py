@@ -124,7 +124,7 @@ def evaluate_only(args: argparse.Namespace, directory: Path) -> dict:
         with blame("--evaluate"):
             load_weights(model, file, args.arch)
     row = evaluate(model, data.test.epoch(), args.half)
-    print0(f"test loss {row['test_loss']:.4f}, test accuracy {accuracy_text(row)}")
+    print0(f"test loss {row['test_loss']:.4f}, test accuracy {accuracy_text(row).strip()}")
     return row
 
 

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 import models
-from distributed import print0
+from distributed import in_turn, on_rank0, print0
 from errors import InputError, blame
 from utils import Data, load_state_dict
 
@@ -64,9 +64,10 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
         raise ValueError(f"torchvision's weights are for {arch} as it is there; name a file: PATH")
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     try:
-        own, state = model.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+        state = in_turn(lambda: weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # network, disk or archive
         raise ValueError(f"{weights} not downloaded ({error}); name a file: PATH") from error
+    own = model.state_dict()
     fits = {name: v for name, v in state.items() if name in own and own[name].shape == v.shape}
     copy_into(model, own | fits)
     left = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
@@ -106,7 +107,7 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def load_weights(model: nn.Module, file: Path, arch: str) -> None:
     """Load the weights in `file`; raises ValueError where they do not fit the model."""
-    state = load_state_dict(file)
+    state = on_rank0(lambda: load_state_dict(file))  # the others may not see the file
     check_fits(state, model, file, arch)
     check_finite_values(state, model, file)
     copy_into(model, state)
