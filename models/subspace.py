@@ -75,6 +75,7 @@ class Subspace(nn.Module):
         self._names = list(parameters)
         self._shapes = [parameter.shape for parameter in parameters.values()]
         self._sizes = [parameter.numel() for parameter in parameters.values()]
+        self._dtypes = [parameter.dtype for parameter in parameters.values()]
         self._shard = shard and dist.is_initialized()
         if basis.dim() != 2 or (not self._shard and basis.shape[1] != sum(self._sizes)):
             raise ValueError(
@@ -102,9 +103,9 @@ class Subspace(nn.Module):
 
     def _named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         # One split, not a slice a parameter: its backward is one concatenation.
-        parts = zip(self._names, vector.split(self._sizes), self._shapes, strict=True)
-        named = {name: part.view(shape) for name, part, shape in parts}
-        return {name: v.to(self.model.get_parameter(name).dtype) for name, v in named.items()}
+        parts = vector.split(self._sizes)
+        own = zip(self._names, parts, self._shapes, self._dtypes, strict=True)
+        return {name: part.view(shape).to(dtype) for name, part, shape, dtype in own}
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The network's output at θ(z)."""
