@@ -1,7 +1,7 @@
 """What the report measures with networks: accuracies, principal components, the loss landscape."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,32 +135,17 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
 
     `results` are of the probe's trajectory. Raises ValueError where the samples span no plane.
     """
-    device, directory = probe.args.device, probe.trajectory.directory
     names = [name for name, _ in probe.model.named_parameters()]
-    basis, ratios = utils.pca(samples, 2, names=names, device=device)
+    basis, ratios = utils.pca(samples, 2, names=names, device=probe.args.device)
     utils.load_into(probe.model, utils.mean_of(samples))
     plane = models.Subspace(probe.model, basis)
 
     def project(state: Mapping[str, Tensor]) -> np.ndarray:
-        vector = torch.cat([state[name].reshape(-1) for name in names]).to(device)
+        vector = torch.cat([state[name].reshape(-1) for name in names]).to(basis.device)
         return (basis @ (vector - plane.origin)).cpu().numpy()
 
-    paths = {}
-    for result in plain(results):
-        if result.kind == "full":
-            files = [directory / f"{i}.pt" for i in utils.sample_numbers(directory)]
-            paths[result.title] = [project(utils.state_dict_in(file)) for file in files]
-        elif result.kind == "average" and result.weights.exists():
-            paths[result.title] = [project(utils.state_dict_in(result.weights))]
-        elif result.kind == "subspace" and all("coordinates" in row for row in result.rows):
-            own = utils.load_basis(result.directory / "basis.npz", basis.shape[1], device)
-            start = load(result, started_from(result))
-            if start and own:  # a sharded basis is not kept
-                turn = (own.basis.to(basis.dtype) @ basis.T).cpu().numpy()  # (k, 2)
-                moved = np.array([row["coordinates"] for row in result.rows]) @ turn
-                start = project(utils.mean_of(start))
-                paths[result.title] = [start, *(start + moved)]
-    paths = {title: np.array(path) for title, path in paths.items()}
+    found = ((result.title, path_of(result, basis, project)) for result in plain(results))
+    paths = {title: np.array(path) for title, path in found if path}
     points = np.concatenate(list(paths.values()))
     low, high = points.min(0), points.max(0)
     room = 0.15 * (high - low).max()
@@ -168,6 +153,23 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
     loss = loss_on(plane, probe.train, np.stack(np.meshgrid(x, y), -1).reshape(-1, 2))
     loss = loss.reshape(GRID, GRID)
     return {"paths": paths, "x": x, "y": y, "loss": loss, "ratios": ratios.tolist()}
+
+
+def path_of(result: Result, basis: Tensor, project: Callable) -> list[np.ndarray]:
+    """Where a run went on the plane of a basis (2, n), a point an epoch; [] where not known."""
+    directory = result.trajectory.directory
+    files = [directory / f"{number}.pt" for number in utils.sample_numbers(directory)]
+    files = files if result.kind == "full" else [result.weights]
+    if result.kind != "subspace":
+        return [project(utils.state_dict_in(file)) for file in files if file.exists()]
+    start = load(result, started_from(result))
+    own = utils.load_basis(result.directory / "basis.npz", basis.shape[1], basis.device)
+    if not start or own is None or any("coordinates" not in row for row in result.rows):
+        return []  # a sharded basis, for one, is not kept
+    coordinates = np.array([row["coordinates"] for row in result.rows])
+    moved = coordinates @ (own.basis.to(basis.dtype) @ basis.T).cpu().numpy()  # (E, k) (k, 2)
+    start = project(utils.mean_of(start))
+    return [start, *(start + moved)]
 
 
 def loss_on(plane: models.Subspace, images: Any, points: np.ndarray) -> np.ndarray:

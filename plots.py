@@ -24,8 +24,8 @@ OTHERS = [("#CC79A7", "v"), ("#56B4E9", "X"), ("#8C564B", "p"), ("#7F7F7F", "*")
 LINES = ("-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 4)))
 FILLS = ("full", "none", "bottom", "left", "top")
 # Where ticks can be, the finer ones only where few of the others are in sight.
-PERCENT = [(50, 90, 10, 99, 1, 95, 80, 20, 5, 98, 70, 30, 60, 40, 97, 3), range(1, 100)]
-PERCENT += [np.arange(1, 100, 0.5), np.arange(0.1, 100, 0.1)]
+PERCENT = [(50, 90, 10, 99, 1, 95, 80, 20, 5, 98, 70, 30, 60, 40, 97, 3), range(5, 100, 5)]
+PERCENT += [range(1, 100), np.arange(1, 100, 0.5), np.arange(0.1, 100, 0.1)]
 MULTIPLES = [(1, 2, 5), (3, 1.5, 7, 4), np.arange(1, 10, 0.1), np.arange(1, 10, 0.01)]
 Looks = Mapping[str, Mapping[str, Any]]
 

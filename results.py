@@ -341,13 +341,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def machine(results: Iterable[Result]) -> dict[str, list]:
     """Where the runs were made, and with what: each value that occurs."""
-    found: dict[str, list] = {name: [] for name in ("device", "threads", "commit", "versions")}
-    for config in (result.config for result in results):
-        versions = ", ".join(map(" ".join, config["versions"].items()))
-        for name, values in found.items():
-            value = versions if name == "versions" else config[name]
-            values += [value] * (value not in values)
-    return found
+    configs = [dict(result.config) for result in results]
+    for config in configs:
+        config["versions"] = ", ".join(map(" ".join, config["versions"].items()))
+    names = ("device", "threads", "commit", "versions")
+    return {name: list(dict.fromkeys(config[name] for config in configs)) for name in names}
 
 
 def machine_text(facts: Mapping[str, Sequence]) -> str:
