@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import models
-import report
+import results
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -41,13 +41,13 @@ def through_the_chain(arch: str, data: Path, save_dir: Path) -> dict:
         "P-SGD": train_psgd.main([*common, *plane, "--lr", "0.1"]),
         "P-BFGS": train_pbfgs.main([*common, *plane]),
     }
-    lines = report.lines_of(save_dir)
+    runs = results.read_save_dir(save_dir, [])
     return {
         "arch": arch,
-        "n": lines[0].experiment.n,
+        "n": runs[0].experiment.n,
         "seconds": {method: row["seconds"] for method, row in rows.items()},
         "train_loss": {method: row["train_loss"] for method, row in rows.items()},
-        "machine": report.machine(lines),
+        "machine": results.machine(runs),
     }
 
 

@@ -12,18 +12,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import report
+import results
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "models" / "README.md")
-METHODS = {  # as the first page names them, and how report.py's names begin
-    "SGD, to its end": "SGD",
-    "SGD, at the last sample": "SGD to the last sample",
-    "mean of the later samples": "mean of the samples",
-    "P-BFGS in the plane of the samples": "P-BFGS",
-    "P-SGD in the plane of the samples": "P-SGD",
-    "P-SGD in a random plane": "P-SGD, random basis",
-}
+METHODS = (  # on the first page, and the methods that results.py names so
+    ("SGD", r"SGD"),
+    ("SGD at epoch T", r"SGD at epoch \d+"),
+    ("weight average", r"weight average \(samples \d+–\d+\)"),
+    ("P-BFGS", r"P-BFGS(, BN update)?"),
+    ("P-SGD", r"P-SGD(, BN update)?"),
+    ("P-SGD, random basis", r"P-SGD, random basis(, BN update)?"),
+)
 SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8)), "cifar-small": ("CIFAR-10", (0.0, 0.4))}
 
 TIMED = ("digits-full",)  # the others shared the machine
@@ -35,59 +35,59 @@ def measured(target: str) -> dict:
 
 
 def of_methods(target: str, noise: float) -> dict[str, dict]:
-    """The line of each of METHODS that an experiment has, without variations."""
-    lines = [line for line in measured(target)["lines"] if line["noise"] == noise]
-    found = {}
-    for name, method in METHODS.items():
-        plain = rf"{method}( \d+ to \d+)?(, BatchNorm re-estimated)?"
-        found[name] = [line for line in lines if re.fullmatch(plain, line["method"])]
-    (mean,) = found["mean of the later samples"]
-    # Of the samples of that mean, not of other runs'.
-    found["SGD, at the last sample"] = [
-        line for line in found["SGD, at the last sample"] if line["in all"] == mean["in all"]
+    """The row of each of METHODS that an experiment has, without variations."""
+    rows = [row for row in measured(target)["results"] if row["noise"] == noise]
+    found = {
+        name: [row for row in rows if re.fullmatch(method, row["method"])]
+        for name, method in METHODS
+    }
+    (average,) = found["weight average"]
+    # Of the samples of that average, not of other runs'.
+    found["SGD at epoch T"] = [
+        row for row in found["SGD at epoch T"] if row["total epochs"] == average["total epochs"]
     ]
     if any(len(own) > 1 for own in found.values()):
-        raise ValueError(f"{target}.json: several lines of a method")
-    return {name: line for name, own in found.items() for line in own}
+        raise ValueError(f"{target}.json: several rows of a method")
+    return {row["method"].removesuffix(", BN update"): row for own in found.values() for row in own}
 
 
 def main_table() -> str:
     """Final test accuracy of each method in the experiments of SHOWN."""
-    columns, rows = ["", "k", "epochs in all"], {}
+    columns, rows = ["", "k", "total epochs"], {}
     for target, (name, noises) in SHOWN.items():
         for noise in noises:
             columns.append(f"{name}, c = {noise:g}")
-            for method, line in of_methods(target, noise).items():
-                row = rows.setdefault(method, [method, str(line["k"]), str(line["in all"])])
-                row.append(report.spread(line["final"], 2))
-    return report.markdown(columns, rows.values())
+            for method, row in of_methods(target, noise).items():
+                cells = rows.setdefault(method, [method, str(row["k"]), str(row["total epochs"])])
+                cells.append(results.mean_std(row["final"], 2))
+    return results.markdown(columns, rows.values())
 
 
 def published_table() -> str:
     """The experiment of the published commands, with test accuracy at the end and at its best."""
     rows = [
-        [method, str(line["k"]), str(line["in all"])]
-        + [report.spread(line[name], 2) for name in ("final", "best", "train")]
-        for method, line in of_methods("cifar", 0.0).items()
+        [method, str(row["k"]), str(row["total epochs"])]
+        + [results.mean_std(row[name], 2) for name in ("final", "best", "train")]
+        for method, row in of_methods("cifar", 0.0).items()
     ]
-    return report.markdown(["", "k", "epochs in all", "final", "best", "train"], rows)
+    return results.markdown(["", "k", "total epochs", "final", "best", "train"], rows)
 
 
-def told(target: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def shown(target: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, without seconds that were measured beside other work."""
     kept = [i for i, name in enumerate(columns) if target in TIMED or "seconds" not in name]
-    columns, *rows = ([line[i] for i in kept] for line in (columns, *rows))
-    return report.markdown(columns, rows)
+    columns, *rows = ([row[i] for i in kept] for row in (columns, *rows))
+    return results.markdown(columns, rows)
 
 
 def target_tables(target: str) -> str:
     """All tables of a target, and on what they were measured."""
     content = measured(target)
-    text = f"\n{report.machine_text(content['machine'])}\n"
-    for experiment, lines in report.by_experiment(content["lines"]).items():
-        text += f"\n### {experiment}; {report.seeds_text(lines)}\n\n"
-        text += told(target, *report.results_table(lines))
-        text += f"\n{report.COST}\n\n{told(target, *report.cost_table(lines))}"
+    text = f"\n{results.machine_text(content['machine'])}\n"
+    for experiment, rows in results.by_experiment(content["results"]).items():
+        text += f"\n### {experiment}; {results.seeds_text(rows)}\n\n"
+        text += shown(target, *results.results_table(rows))
+        text += f"\n{results.COST}\n\n{shown(target, *results.cost_table(rows))}"
     return text + "\n"
 
 
@@ -103,7 +103,7 @@ def networks_table() -> str:
         for name in lines[0]["machine"]
     }
     columns = ["--arch", "n at 10 classes", *(f"{method}, s" for method in lines[0]["seconds"])]
-    return f"\n{report.machine_text(facts)}\n\n{report.markdown(columns, rows)}\n"
+    return f"\n{results.machine_text(facts)}\n\n{results.markdown(columns, rows)}\n"
 
 
 def filled(page: str) -> str:

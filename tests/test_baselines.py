@@ -136,15 +136,15 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
         train_psgd.main([*SUBSPACE, *options, "--save-dir", str(copy)])
     train_pbfgs.main([*SUBSPACE, "--alpha", "0.1", "--save-dir", str(copy)])
     capsys.readouterr()
-    lines = report.main([str(copy), "--out", str(copy / "report")])
-    table = {line["method"]: line for line in lines}
+    rows = report.main([str(copy), "--out", str(copy / "report")])
+    table = {row["method"]: row for row in rows}
     assert table.keys() == {
-        "SGD", "SGD to the last sample", "mean of the samples 3 to 6", "P-SGD, random basis",
-        "P-SGD, from mean, BatchNorm re-estimated", "P+-BFGS",
+        "SGD", "weight average (samples 3–6)", "P-SGD, random basis",
+        "P-SGD, from mean, BN update", "P+-BFGS",
     }  # fmt: skip
-    mean, random = table["mean of the samples 3 to 6"], table["P-SGD, random basis"]
-    assert (mean["epochs"], mean["in all"]) == (0, 6)
-    assert (random["k"], random["epochs"], random["in all"]) == (5, 2, 8)
+    mean, random = table["weight average (samples 3–6)"], table["P-SGD, random basis"]
+    assert (mean["epochs"], mean["total epochs"]) == (0, 6)
+    assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from test_data import write_cifar
 from test_options import Exploit, files
 from torchvision import datasets
 
+import analysis
 import models
+import plots
 import report
 import train_pbfgs
 import train_psgd
@@ -159,12 +161,30 @@ def test_a_basis_of_unknown_source_is_not_used_and_not_run(kind, run, rejected, 
 
 
 @pytest.mark.parametrize("kind", ["ratios", "pickle"])
-def test_report_runs_no_code(kind, run, rejected):
+def test_report_runs_no_code(kind, run, monkeypatch):
     BASIS_CODE[kind](run / "psgd" / "basis.npz")
-    assert "run: no finished run" in rejected(report, run)
+    monkeypatch.setattr(analysis, "GRID", 2)
+    report.main([str(run), "--out", "out"])
     assert not Path("ran").exists()
     run_code_of(run / "psgd" / "basis.npz")
     assert Path("ran").exists()
+
+
+@pytest.fixture
+def left_out(run, rejected, capsys, monkeypatch):
+    """Report ./run, of which a run, or all of it, has been broken; oracle: the rest is there."""
+    monkeypatch.setattr(plots, "image", lambda figure, kind: b"")
+
+    def call(directory: str) -> None:
+        if directory == "run":
+            assert "nothing to report: run: " in rejected(report, run)
+            return
+        table = report.main([str(run), "--no-data", "--out", "out"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"report.py: left out: {directory}: ")
+        assert {row["method"] for row in table} >= {"SGD", "P-BFGS"}
+
+    return call
 
 
 def cut_archive(file: Path) -> None:
@@ -427,10 +447,10 @@ METRICS = {
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("directory", ["", "psgd"])
-def test_report_of_metrics_that_are_not(directory, name, run, rejected):
-    (run / directory / "metrics.jsonl").write_text(METRICS[name])
-    assert "run: no finished run" in rejected(report, run)
+@pytest.mark.parametrize("directory", ["run", "run/psgd"])
+def test_report_of_metrics_that_are_not(directory, name, left_out):
+    Path(directory, "metrics.jsonl").write_text(METRICS[name])
+    left_out(directory)
 
 
 REPORTED = {
@@ -440,20 +460,31 @@ REPORTED = {
     "no arguments": lambda run: (run / "config.json").write_text("{}"),
     "no datasets": lambda run: edit(run / "config.json", "arguments", "datasets"),
     "corrupt a string": lambda run: edit(run / "config.json", "arguments", "corrupt", to="some"),
-    "no config": lambda run: (run / "psgd" / "config.json").unlink(),
-    "no end": lambda run: edit(run / "psgd" / "config.json", "arguments", "params_end"),
-    "stride 0": lambda run: edit(run / "psgd" / "config.json", "arguments", "params_stride", to=0),
-    "other arch": lambda run: edit(run / "psgd" / "config.json", "arguments", "arch", to="vgg11"),
-    "no basis": lambda run: (run / "psgd" / "basis.npz").unlink(),
-    "text basis": lambda run: (run / "psgd" / "basis.npz").write_text("basis"),
-    "no arrays": lambda run: np.savez(run / "psgd" / "basis.npz", other=np.eye(2)),
+    "config null": lambda run: (run / "config.json").write_text("null"),
+    "config a list": lambda run: (run / "config.json").write_text("[]"),
+    "config too deep": lambda run: (run / "config.json").write_bytes(EDITED_CONFIGS["too deep"]),
+    "arguments a list": lambda run: edit(run / "config.json", "arguments", to=[]),
+    "corrupt nothing": lambda run: edit(run / "config.json", "arguments", "corrupt", to=None),
+    "a row a list": lambda run: (run / "metrics.jsonl").write_text("[]"),
+}
+PSGD_REPORTED = {
+    "no config": lambda run: (run / "config.json").unlink(),
+    "no samples": lambda run: edit(run / "config.json", "samples"),
+    "other arch": lambda run: edit(run / "config.json", "arguments", "arch", to="vgg11"),
+    "a row a number": lambda run: (run / "metrics.jsonl").write_text("3"),
 }
 
 
 @pytest.mark.parametrize("name", REPORTED)
-def test_report_of_broken_files(name, run, rejected):
-    REPORTED[name](run)
-    assert "run: no finished run" in rejected(report, run)
+def test_report_of_broken_files(name, left_out):
+    REPORTED[name](Path("run"))
+    left_out("run")
+
+
+@pytest.mark.parametrize("name", PSGD_REPORTED)
+def test_report_of_broken_files_of_a_run_on_samples(name, left_out):
+    PSGD_REPORTED[name](Path("run/psgd"))
+    left_out("run/psgd")
 
 
 # Data
@@ -725,38 +756,16 @@ def test_a_config_that_is_a_directory(run, rejected):
     assert "run/config.json" in rejected(PSGD, "--overwrite", "--save-dir", run, *SAMPLES)
 
 
-EDITED_REPORTED = {
-    "config null": lambda run: (run / "config.json").write_text("null"),
-    "config a list": lambda run: (run / "config.json").write_text("[]"),
-    "config too deep": lambda run: (run / "config.json").write_bytes(EDITED_CONFIGS["too deep"]),
-    "arguments a list": lambda run: edit(run / "config.json", "arguments", to=[]),
-    "corrupt nothing": lambda run: edit(run / "config.json", "arguments", "corrupt", to=None),
-    "start a string": lambda run: edit(
-        run / "psgd/config.json", "arguments", "params_start", to="0"
-    ),
-    "end 0": lambda run: edit(run / "psgd/config.json", "arguments", "params_end", to=0),
-    "end a fraction": lambda run: edit(run / "psgd/config.json", "arguments", "params_end", to=2.5),
-    "a row a list": lambda run: (run / "metrics.jsonl").write_text("[]"),
-    "a row a number": lambda run: (run / "psgd" / "metrics.jsonl").write_text("3"),
-    "basis empty": lambda run: (run / "psgd" / "basis.npz").write_bytes(b""),
-    "basis cut": lambda run: (run / "psgd" / "basis.npz").write_bytes(b"PK\3\4" + bytes(100)),
-}
 EDITED_ROWS = [("test_acc", "good"), ("test_acc", None), ("test_acc", [1]), ("test_acc", 9**999)]
 EDITED_ROWS += [("seconds", "long"), ("epoch", "six")]
 
 
-@pytest.mark.parametrize("name", EDITED_REPORTED)
-def test_report_of_edited_files(name, run, rejected):
-    EDITED_REPORTED[name](run)
-    assert "run: no finished run" in rejected(report, run)
-
-
 @pytest.mark.parametrize(("key", "value"), EDITED_ROWS)
-def test_report_of_metrics_of_another_type(key, value, run, rejected):
+def test_report_of_metrics_of_another_type(key, value, run, left_out):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [json.dumps(row | {key: value}) for row in rows]
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    assert "run: no finished run" in rejected(report, run)
+    left_out("run")
 
 
 EDITED_MNIST = {

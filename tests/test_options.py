@@ -155,14 +155,19 @@ BAD_VALUES = [
     ((PBFGS,), "--momentum 0.9", "unrecognized arguments: --momentum 0.9"),
     ((PBFGS,), "--milestones 3", "unrecognized arguments: --milestones 3"),
     ((report,), "", "the following arguments are required: SAVE_DIR"),
-    ((report,), "nowhere", "nowhere: no finished run: [Errno 2] No such file or directory"),
-    ((report,), ".", ".: no finished run: [Errno 2] No such file or directory: 'config.json'"),
-    ((report,), "/dev/null", "/dev/null: no finished run: [Errno 20] Not a directory"),
+    ((report,), "nowhere", "nothing to report: nowhere: there is no config.json"),
+    ((report,), ".", "nothing to report: .: there is no config.json"),
+    ((report,), "/dev/null", "nothing to report: /dev/null: there is no config.json"),
     ((report,), "--nonsense .", "unrecognized arguments: --nonsense"),
     ((report,), "--out", "argument --out: expected one argument"),
     ((report,), "--out= .", "argument --out: '' is not a path of names of 1 to 255 bytes"),
     ((report,), "--arch", "argument --arch: expected one argument"),
     ((report,), "--data-dir", "argument --data-dir: expected one argument"),
+    (
+        (report,),
+        "--device xpu .",
+        "argument --device: torch sees no 'xpu' here; allowed: auto, cpu",
+    ),
     ((report,), "--no-data=1 .", "argument --no-data: ignored explicit argument '1'"),
     ((report,), "--seeds=3 .", "unrecognized arguments: --seeds=3"),
     ((report,), "--help=all", "ignored explicit argument 'all'"),
@@ -524,12 +529,14 @@ def test_resume_does_not_remove_samples_it_knows_nothing_of(sampled, refused, tm
     assert files(run) == before
 
 
-def test_report_does_not_mix_experiments(sampled, refused, tmp_path):
+def test_report_does_not_mix_experiments(sampled, tmp_path, capsys):
     run = shutil.copytree(sampled, tmp_path / "run")
     options = [*DIGITS, "--save-dir", str(run)]
     PSGD.main([*options, "--params_end", "4", "--n_components", "3", "--epochs", "1"])
     SGD.main([*options, "--epochs", "1", "--corrupt", "0.5", "--overwrite"])
-    assert "psgd is not of the experiment" in refused(report.main, [run])
+    table = report.main([str(run), "--no-data", "--out", str(tmp_path / "out")])
+    assert [row["method"] for row in table] == ["SGD"]
+    assert "psgd: not of the experiment" in capsys.readouterr().err
 
 
 def test_samples_alone_are_not_overwritten_and_other_files_never(sampled, refused, tmp_path):
@@ -598,7 +605,7 @@ def test_image_folders_that_are_not_whole(size, workers, folder, refused, tmp_pa
 
 
 def test_report_of_nothing(refused, tmp_path):
-    assert "no finished run" in refused(report.main, [tmp_path])
+    assert "nothing to report" in refused(report.main, [tmp_path])
 
 
 def test_the_line_is_all_that_a_terminal_shows(tmp_path):

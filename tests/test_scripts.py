@@ -107,10 +107,10 @@ def test_sgd_learns_and_so_do_the_subspaces(copy, capsys):
     assert last["step_length"] > 0
     assert "10 directions" in capsys.readouterr().out
     table = report.main([str(copy), "--out", str(copy / "report")])
-    names = ["SGD", "SGD to the last sample", "P-BFGS", "P-SGD"]
+    names = ["SGD", "SGD at epoch 15", "P-BFGS", "P-SGD"]
     assert [row["method"] for row in table] == names
     epochs = [(20, 20), (15, 15), (10, 25), (10, 25)]
-    assert [(row["epochs"], row["in all"]) for row in table] == epochs
+    assert [(row["epochs"], row["total epochs"]) for row in table] == epochs
 
 
 def test_basis_is_the_pca_of_the_samples(copy):
@@ -429,9 +429,9 @@ def test_report_counts_what_was_sampled(copy):
     samples = ["--params_end", "6", "--params_stride", "3", "--n_components", "0.5"]
     train_psgd.main([*SUBSPACE, *samples, "--epochs", "2", "--save-dir", str(copy)])
     table = report.main([str(copy), "--out", str(copy / "report")])
-    assert [[row[name] for name in ("method", "k", "epochs", "in all")] for row in table] == [
+    assert [[row[name] for name in ("method", "k", "epochs", "total epochs")] for row in table] == [
         ["SGD", "n", 6, 6],
-        ["SGD to the last sample", "n", 3, 3],
+        ["SGD at epoch 3", "n", 3, 3],
         ["P-SGD", 1, 2, 5],
     ]
 
@@ -555,7 +555,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path):
     plane = ["--params_end", "3", "--n_components", "2", "--epochs", "1"]
     train_psgd.main([*DIGITS, *plane, "--save-dir", str(tmp_path / "4")])
     rows = report.main([str(tmp_path / "4"), "--out", str(tmp_path / "out")])
-    assert [row["in all"] for row in rows] == [2, 2, 3], "the last sample took part of epoch 2"
+    assert [row["total epochs"] for row in rows] == [2, 3], "the last sample took part of epoch 2"
 
 
 def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):

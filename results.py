@@ -1,0 +1,353 @@
+"""Reads the runs of save dirs and computes the tables of the report; no networks, no pictures.
+
+A save dir holds a run of train_sgd.py, the trajectory, and in its folders the runs on its samples.
+What cannot be used is left out, with a line in a list of problems.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import utils
+
+# What seeds of one experiment have to share, beside what the table shows.
+SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
+SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
+SETTINGS += ("image_size",)
+ACCURACIES = ("final", "best", "train", "correct labels", "wrong labels")
+COST = (
+    "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "
+)
+COST += "reach it, so compare methods that do so with equally many seeds."
+
+# ------------------------------------------------------------------------------ reading runs
+
+
+class Experiment(NamedTuple):
+    """What seeds have in common."""
+
+    data: str
+    arch: str
+    n: int
+    noise: float
+
+    def __str__(self) -> str:
+        return f"{self.data}, {self.arch} (n = {self.n:,}), c = {self.noise:g}"
+
+
+@dataclass(eq=False)
+class Result:
+    """A trained network: one seed of a row of the table.
+
+    `kind` is "full" for a trajectory, "partial" for one up to its last sample in use, "average" or
+    "subspace", and "pretrained" for the network that a trajectory started from.
+    """
+
+    kind: str
+    directory: Path
+    config: dict
+    rows: list[dict]  # metrics.jsonl; what did not train has one row, of epoch 0
+    trajectory: "Result | None" = None  # None: this is one
+    sampled: list[dict] = field(default_factory=list)  # rows of the trajectory that it builds on
+    method: str = ""
+    weights: Path | None = None
+    fits: Sequence[float | None] = (None, None, None)  # see analysis.Probe.training_accuracy
+    start: float | None = None  # test accuracy of the network that training started from
+
+    def __post_init__(self) -> None:
+        self.arguments = self.config["arguments"]
+        self.trajectory = self.trajectory or self
+        self.experiment = experiment_of(self.trajectory.config)
+        self.seed = self.trajectory.config["arguments"]["randomseed"]
+        self.method = self.method or method_of(self.config)
+        self.k = 0 if self.kind == "average" else self.config.get("k", "n")
+        self.epochs = sum(row["epoch"] > 0 for row in self.rows)
+        self.final = self.rows[-1]["test_acc"]
+        self.name = self.arguments.get("run") or ""
+        done, last = self.rows[-1]["epoch"], self.arguments["epochs"]
+        self.finished = self.kind == "partial" or not 0 < done < last
+        self.title = self.method + (f" ({self.name})" if self.name else "")
+        self.title += "" if self.finished else f", {done} of {last} epochs so far"
+
+    def seconds(self, rows: int) -> float:
+        """Of training, sampling included, until the metrics have so many rows.
+
+        An epoch counts as the median epoch: the first one after a start may include compilation.
+        """
+        parts = ((self.sampled, len(self.sampled)), (self.rows, rows))
+        return sum(n * statistics.median(row["seconds"] for row in part) for part, n in parts if n)
+
+    def settings(self) -> dict[str, Any]:
+        """What seeds of it have to share."""
+        runs = {"": self, " of the trajectory": self.trajectory}
+        return {f"{s}{of}": run.arguments.get(s) for of, run in runs.items() for s in SETTINGS}
+
+
+@contextlib.contextmanager
+def noting(problems: list[str], where: Any) -> Iterator[None]:
+    """Add what fails inside to `problems`, as one line, instead of raising it."""
+    try:
+        yield
+    except Exception as error:  # files that were cut or edited have many ways to be wrong
+        text = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        problems.append(f"{where}: {' '.join(text.split()) or type(error).__name__}")
+
+
+def experiment_of(config: Mapping[str, Any]) -> Experiment:
+    """The experiment of a trajectory."""
+    arguments = config["arguments"]
+    data = arguments["datasets"]
+    if arguments["smalldatasets"]:
+        data += f", {100 * arguments['smalldatasets']:g} % of the training images"
+    if arguments["pretrained"]:
+        data += ", from pretrained weights"
+    return Experiment(data, arguments["arch"], config["n"], float(arguments["corrupt"]))
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """What a run did, as the table names it."""
+    arguments = config["arguments"]
+    if arguments.get("average"):
+        first, last = config["samples"][0], config["samples"][-1]
+        which = f"samples {first}–{last}" if first < last else f"sample {first}"
+        return f"weight average ({which})"
+    if "basis" not in arguments:
+        return {"adam": "Adam", "adamw": "AdamW"}.get(arguments["optimizer"], "SGD")
+    name = "P-SGD" if "lr" in arguments else "P+-BFGS" if arguments["alpha"] else "P-BFGS"
+    start = arguments["start"]
+    if arguments["basis"] != "pca":
+        name += f", {Path(arguments['basis']).name} basis"
+    if start is not None:
+        name += f", from {start if isinstance(start, str) else f'sample {start}'}"
+    return name + (", BN update" if arguments["bn_update"] else "")
+
+
+def read_run(directory: Path, trajectory: Result | None = None) -> Result:
+    """The run in a directory: one on the samples of a trajectory, or itself a trajectory.
+
+    Like all that reads here, it raises an exception of any kind where there is none.
+    """
+    if not (directory / "config.json").is_file():
+        raise ValueError("there is no config.json; a report is of directories that a run has made")
+    config = json.loads((directory / "config.json").read_text())
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    kind = "subspace" if "basis" in config["arguments"] else "full"
+    kind = "average" if config["arguments"].get("average") else kind
+    if trajectory is None and kind != "full":
+        raise ValueError(f"a run on the samples of a save dir; give that one: {directory.parent}")
+    if trajectory is not None and kind == "full":
+        raise ValueError("a run of train_sgd.py inside of another one; report it by its own name")
+    if not rows:
+        raise ValueError("no epoch is finished yet")
+    if not all(math.isfinite(row[key]) for row in rows for key in ("epoch", "test_acc", "seconds")):
+        raise ValueError("metrics.jsonl holds values that are not finite")
+    return Result(kind, directory, config, rows, trajectory, weights=directory / "model.th")
+
+
+def epoch_of(trajectory: Result, sample: int) -> float:
+    """The epoch that a sample was taken after, infinite for one that there never was."""
+    epochs = trajectory.config.get("sample_epochs")  # where samples are not those of the epochs
+    return sample if not epochs else epochs[sample] if sample < len(epochs) else math.inf
+
+
+def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
+    """The run in a directory, and its trajectory at the last sample of a subspace run."""
+    run = read_run(directory, trajectory)
+    for name in utils.EXPERIMENT:
+        if run.arguments[name] != trajectory.arguments[name]:
+            raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")
+    samples, start = run.config["samples"], run.arguments.get("start")
+    last, found = epoch_of(trajectory, samples[-1]), digest(tuple(samples))
+    # Samples take room, and may have been removed. Were they of a trajectory that went further?
+    if found != run.config["fingerprint"] if found else last > trajectory.rows[-1]["epoch"]:
+        raise ValueError("its samples have been replaced since; run it again")
+    used = max(last, epoch_of(trajectory, start) if isinstance(start, int) else 0)
+    run.sampled = [row for row in trajectory.rows if row["epoch"] <= math.ceil(used)]
+    yield run
+    rows = [row for row in trajectory.rows if row["epoch"] <= math.ceil(last)]
+    if run.kind == "subspace" and 0 < len(rows) < len(trajectory.rows):
+        file = trajectory.directory / f"{samples[-1]}.pt"
+        others = {"weights": file if last == int(last) else None}
+        others["method"] = f"{trajectory.method} at epoch {rows[-1]['epoch']}"
+        yield replace(trajectory, kind="partial", rows=rows, trajectory=trajectory, **others)
+
+
+def read_save_dir(save_dir: Path, problems: list[str]) -> list[Result]:
+    """The results of a save dir: the trajectory's first, then those on its samples."""
+    trajectory = read_run(save_dir)
+
+    @functools.cache  # many runs build on the same samples
+    def digest(samples: tuple[int, ...]) -> str | None:
+        files = [save_dir / f"{number}.pt" for number in samples]
+        return utils.fingerprint(files) if all(file.exists() for file in files) else None
+
+    found: dict[tuple, Result] = {}
+    for file in sorted(save_dir.glob("*/metrics.jsonl")):
+        with noting(problems, file.parent):
+            for result in read_on_samples(file.parent, trajectory, digest):
+                found.setdefault((result.directory, result.title), result)
+
+    def place(result: Result) -> tuple:
+        total = len(result.sampled or result.rows)
+        return total, result.k != "n", bool(result.name), result.method, result.k
+
+    return [trajectory, *sorted(found.values(), key=place)]
+
+
+def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
+    """The results of several save dirs, less copies and what cannot be averaged with the others."""
+    table: dict[tuple, list[Result]] = defaultdict(list)
+    for save_dir in {path.resolve(): path for path in save_dirs}.values():
+        results: list[Result] = []
+        with noting(problems, save_dir):
+            results = read_save_dir(save_dir, problems)
+        for result in results:
+            seeds = table[row_key(result)]
+            why = next(filter(None, (mismatch(result, other) for other in seeds)), None)
+            if why is None:
+                seeds.append(result)
+            elif result.kind != "partial":  # what builds on it says the same
+                problems.append(f"{result.directory}: {why}")
+                if result.kind == "full":
+                    break
+    return [result for seeds in table.values() for result in seeds]
+
+
+def row_key(result: Result) -> tuple:
+    """What the seeds of a row of the table share. A k that is chosen by variance may differ."""
+    asked = result.arguments.get("n_components")
+    k = asked if isinstance(asked, float) and result.arguments["basis"] == "pca" else result.k
+    total = len(result.sampled) + result.epochs
+    return result.experiment, result.title, k, result.epochs, total
+
+
+def mismatch(result: Result, other: Result) -> str | None:
+    """Why two results are not two seeds of an experiment, if they are not."""
+    expected = other.settings()
+    for name, value in result.settings().items():
+        if value != expected[name]:
+            return f"not averaged: {name} is {value}, but {expected[name]} in {other.directory}"
+    same = f"seed {result.seed} of the experiment is in {other.directory} already; a copy?"
+    return same if result.seed == other.seed else None
+
+
+def plain(results: Iterable[Result]) -> list[Result]:
+    """Of several runs of a method on one trajectory the one without a name, else the first."""
+    found: dict = {}
+    for result in sorted(results, key=lambda result: result.name):
+        found.setdefault((result.trajectory.directory, result.method), result)
+    return [result for result in found.values() if result.kind != "partial"]
+
+
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:
+    """The items that share a key, in the order in which they come."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def mean_std(values: Sequence[float | None], digits: int) -> str:
+    """Mean ± standard deviation; a single value as it is, nothing where a value is missing."""
+    if not values or None in values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def cost(result: Result, accuracy: float) -> tuple[int, float] | None:
+    """Total epochs and seconds until the test accuracy is first reached."""
+    for done, row in enumerate(result.rows, 1):
+        if row["test_acc"] >= accuracy:
+            return len(result.sampled) + min(done, result.epochs), result.seconds(done)
+    return None
+
+
+def tabulate(results: Sequence[Result]) -> list[dict]:
+    """What results.json holds of each row of the table: lists of numbers, one a seed."""
+    table = []
+    for (experiment, title, _, epochs, total), seeds in grouped(results, row_key).items():
+        k = sorted({result.k for result in seeds})
+        row = experiment._asdict() | {"method": title}
+        row["k"] = k[0] if len(k) == 1 else f"{k[0]}–{k[-1]}"
+        row |= {"epochs": epochs, "total epochs": total}
+        row["seeds"] = [result.seed for result in seeds]
+        row["final"] = [result.final for result in seeds]
+        row["best"] = [max(row["test_acc"] for row in result.rows) for result in seeds]
+        fits = zip(*(result.fits for result in seeds), strict=True)
+        row |= zip(ACCURACIES[2:], map(list, fits), strict=True)
+        row["seconds"] = [result.seconds(len(result.rows)) for result in seeds]
+        row["cost"] = [cost(result, result.trajectory.final) for result in seeds]
+        table.append(row)
+    return table
+
+
+def by_experiment(table: Iterable[dict]) -> dict[Experiment, list[dict]]:
+    """The rows of results.json by experiment, the least noise first."""
+    of = grouped(table, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
+    return dict(sorted(of.items()))
+
+
+def seeds_text(rows: Iterable[dict]) -> str:
+    """The seeds of an experiment, in words."""
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def results_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of the table of an experiment."""
+    shown = ACCURACIES if rows[0]["noise"] else ACCURACIES[:3]
+    shown = [name for name in shown if any(mean_std(row[name], 2) for row in rows)]
+    most, cells = max(len(row["seeds"]) for row in rows), []
+    for row in rows:
+        seeds = len(row["seeds"])
+        few = f", {seeds} of {most} seeds" if seeds < most else ""
+        cells.append(
+            [row["method"] + few, *(str(row[name]) for name in ("k", "epochs", "total epochs"))]
+        )
+        cells[-1] += [*(mean_std(row[name], 2) for name in shown), mean_std(row["seconds"], 0)]
+    return ["method", "k", "epochs", "total epochs", *shown, "seconds"], cells
+
+
+def cost_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of the table of costs."""
+    cells = []
+    for row in [row for row in rows if " at epoch " not in row["method"]]:  # SGD's beginning
+        there = [cost for cost in row["cost"] if cost]
+        epochs, seconds = zip(*there, strict=True) if there else ((), ())
+        cells.append([row["method"], str(row["k"]), f"{len(there)} of {len(row['seeds'])}"])
+        cells[-1] += [mean_std(epochs, 1), mean_std(seconds, 1)]
+    return ["method", "k", "reached by", "total epochs", "seconds"], cells
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table that can be read as it is."""
+    cells = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine(results: Iterable[Result]) -> dict[str, list]:
+    """Where the runs were made, and with what: each value that occurs."""
+    configs = [dict(result.config) for result in results]
+    for config in configs:
+        config["versions"] = ", ".join(map(" ".join, config["versions"].items()))
+    names = ("device", "threads", "commit", "versions")
+    return {name: list(dict.fromkeys(config[name] for config in configs)) for name in names}
+
+
+def machine_text(facts: Mapping[str, Sequence]) -> str:
+    """The same in a line."""
+    return "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items())
