@@ -1,8 +1,8 @@
 """Take every network of models.SMALL through the chain once: one epoch of 256 images, k = 1.
 
-    PYTHONPATH=. python results/networks.py DIR
+    PYTHONPATH=. python experiments/networks.py DIR
 
-DIR has the folders train/CLASS and test/CLASS. What is measured goes to results/networks.json; a
+DIR has the folders train/CLASS and test/CLASS. What is measured goes to experiments/networks.json; a
 network that is there already is left as it is. The weights are not kept.
 """
 
@@ -52,7 +52,7 @@ def through_the_chain(arch: str, data: Path, save_dir: Path) -> dict:
 
 
 def main(directory: Path) -> None:
-    """Measure the networks that results/networks.json does not have."""
+    """Measure the networks that experiments/networks.json does not have."""
     done = json.loads(FILE.read_text()) if FILE.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "images")

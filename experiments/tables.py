@@ -1,6 +1,6 @@
-"""Fill the tables into the README.md files, from what was measured: results/*.json.
+"""Fill the tables into the README.md files, from what was measured: experiments/*.json.
 
-    PYTHONPATH=. python results/tables.py
+    PYTHONPATH=. python experiments/tables.py
 
 A JSON file is the results.json that report.py left of the run.sh target that the file is named
 after; networks.json is what networks.py left. A table stands between <!-- table NAME --> and

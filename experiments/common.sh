@@ -1,0 +1,87 @@
+# What the experiments share. An experiment lists its runs, and run.sh has them all run.
+
+runs=() save_dirs=() small= options=${options-}
+
+# Set $save_dir, with $1 at its end, and the options that all scripts take there.
+trajectory() {
+    model=${model:-resnet20}
+    save_dir=save_labelnoise${c}_$model${small:+_$small}
+    if [ "$datasets" != CIFAR10 ]; then save_dir+=_$datasets; fi
+    if [ "$seed" != 1 ]; then save_dir+=_seed$seed; fi
+    save_dir+=${1-}
+    common=(--datasets "$datasets" --corrupt "$c" --arch="$model" --randomseed "$seed"
+        --save-dir="$save_dir" --resume ${data_dir:+--data-dir="$data_dir"}
+        ${small:+--smalldatasets "$small"} $options)
+    save_dirs+=("$save_dir")
+}
+
+# List a run: a script and its options.
+run() { runs+=("$(printf '%q ' "$save_dir" "$@")"); }
+
+# List the three scripts with the experiment's settings, and what they have to be better than.
+chain() {
+    trajectory
+    run train_sgd.py "${common[@]}" "${sgd[@]}"
+    run train_pbfgs.py "${common[@]}" "${pbfgs[@]}"
+    run train_psgd.py "${common[@]}" "${psgd[@]}"
+    run train_psgd.py "${common[@]}" "${psgd[@]}" --basis random
+    run train_sgd.py "${common[@]}" --average $average
+}
+
+# Settings for digits, chosen on the seeds 1 to 3.
+digits_settings() {
+    datasets=digits average="16 31"
+    sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
+    subspace=(--n_components 20 --params_end 31 --batch-size 128 --bn-update)
+    pbfgs=(--epochs 20 "${subspace[@]}")
+    psgd=(--epochs 30 --lr 0.3 --milestones 15 25 "${subspace[@]}")
+}
+
+# Settings for a tenth of CIFAR-10.
+tenth_settings() {
+    datasets=${datasets:-CIFAR10} small=0.1 options=${options:---half --compile} average="16 31"
+    sgd=(--lr 0.1 --epochs=60 --milestones 40 50)
+    subspace=(--n_components 20 --params_end 31 --bn-update)
+    pbfgs=(--epochs 20 --batch-size 500 "${subspace[@]}")
+    psgd=(--epochs 30 --lr 1 --milestones 15 25 --batch-size 128 "${subspace[@]}")
+}
+
+# Show the command $3 … after the words $1, run it, and append what it prints to log.txt in directory
+# $2, once there is one: options that are refused leave nothing behind. On a terminal errors are only
+# seen there, as is the progress bar: each line takes its place.
+logged() {
+    local line unlogged=
+    {
+        echo "$1 $python -u ${*:3}"
+        if [ -t 2 ]; then "$python" -u "${@:3}"; else "$python" -u "${@:3}" 2>&1; fi
+    } | {
+        trap '' HUP INT TERM # the script ends in its own time, and its last line is to be seen
+        while IFS= read -r line || [ -n "$line" ]; do
+            if [ -t 2 ]; then printf '\r\033[K' >&2; fi
+            printf '%s\n' "$line" 2>/dev/null || true # to a terminal that was closed
+            unlogged+=$line$'\n'
+            if [ -d "$2" ] && printf '%s' "$unlogged" 2>/dev/null >>"$2/log.txt"; then unlogged=; fi
+        done
+    }
+}
+
+# Run what experiment $1 has listed, then its report. If that was done and nothing in the save dirs has
+# changed since, show the report again.
+run_all() {
+    local report=report/$1 number=0 commands newer command
+    commands=$(printf '%s\n' "${runs[@]}")
+    if [ "$(cat "$report/finished.txt" 2>/dev/null)" = "$commands" ] &&
+        newer=$(find "${save_dirs[@]}" -newer "$report/finished.txt" 2>/dev/null) && [ -z "$newer" ]; then
+        echo "run.sh: all ${#runs[@]} runs of $1 are finished"
+        cat "$report/log.txt"
+        return
+    fi
+    for command in "${runs[@]}"; do
+        number=$((number + 1))
+        eval "logged '[$number/${#runs[@]}]' $command"
+    done
+    mkdir -p "$report"
+    rm -f "$report/log.txt"
+    logged "[report]" "$report" report.py --out="$report" "${save_dirs[@]}"
+    echo "$commands" >"$report/finished.txt"
+}
