@@ -13,6 +13,10 @@ from tqdm import tqdm
 
 import models
 import utils
+from basis import load_basis
+from checkpoint import sample_range
+from engine import cross_entropy, evaluate
+from network import copy_into, load_weights
 from results import Experiment, Result, grouped, noting, plain
 
 TRAINING_IMAGES = 5000  # at most as many are looked at for the training accuracy
@@ -33,12 +37,12 @@ class Probe:
         train, test = utils.read_splits(args)
         classes = len(train.classes)
         labels = utils.corrupt_labels(train.labels, args.corrupt, classes, args.randomseed)
-        random = utils.random_stream(args.randomseed, "report")
+        random = utils.rng(args.randomseed, "report")
         which = random.permutation(len(labels))[:TRAINING_IMAGES]
         self.correct = labels[which] == train.labels[which]
         split = train._replace(images=train.images[which], labels=labels[which])
-        self.train = utils.in_batches(split, args, GRID_IMAGES)
-        self.test = utils.in_batches(test, args)
+        self.train = utils.make_loader(split, args, GRID_IMAGES)
+        self.test = utils.make_loader(test, args)
         self.model = models.build(args.arch, classes, args.image_size).to(args.device).eval()
         self.args, self.trajectory = args, trajectory
         self.starts: dict[range, float] = {}
@@ -46,7 +50,7 @@ class Probe:
     @torch.no_grad()
     def training_accuracy(self, weights: Path) -> list[float | None]:
         """Accuracy in percent on all images, those with a correct and those with a wrong label."""
-        utils.load_file(self.args, self.model, weights)
+        load_weights(self.model, weights, self.args.arch)
         hits = [self.model(images).argmax(1) == labels for images, labels in self.train.epoch()]
         right = 100 * torch.cat(hits).float().cpu()
         parts = (right, right[self.correct], right[~self.correct])
@@ -56,8 +60,8 @@ class Probe:
         """Test accuracy in percent of the network that training started from, if it is there."""
         numbers = started_from(result)
         if numbers not in self.starts and (samples := load(result, numbers)):
-            utils.load_into(self.model, utils.mean_of(samples))
-            self.starts[numbers] = utils.evaluate(self.model, self.test, False)["test_acc"]
+            copy_into(self.model, utils.average(samples))
+            self.starts[numbers] = evaluate(self.model, self.test.epoch(), False)["test_acc"]
         return self.starts.get(numbers)
 
 
@@ -106,7 +110,7 @@ def started_from(result: Result) -> range:
     """The samples whose mean training started from, mostly one; none where it was another file."""
     arguments, start = result.arguments, result.arguments.get("start")
     if start == "mean":
-        return utils.sample_range(arguments)
+        return sample_range(arguments)
     if result.kind == "subspace" and start is None and arguments["pretrained"]:
         return range(0)
     start = arguments.get("params_start", 0) if start is None else start
@@ -118,7 +122,7 @@ def samples_of(results: Sequence[Result]) -> Samples:
     numbers = utils.sample_numbers(results[0].trajectory.directory)
     used = range(numbers[0], numbers[-1] + 1) if numbers else range(0)
     subspaces = [result for result in plain(results) if result.kind == "subspace"]
-    return load(results[0], utils.sample_range(subspaces[0].arguments) if subspaces else used)
+    return load(results[0], sample_range(subspaces[0].arguments) if subspaces else used)
 
 
 def variance_ratios(samples: Samples) -> np.ndarray:
@@ -135,9 +139,9 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
 
     `results` are of the probe's trajectory. Raises ValueError where the samples span no plane.
     """
-    names = [name for name, _ in probe.model.named_parameters()]
+    names = list(utils.trainable(probe.model))
     basis, ratios = utils.pca(samples, 2, names=names, device=probe.args.device)
-    utils.load_into(probe.model, utils.mean_of(samples))
+    copy_into(probe.model, utils.average(samples))
     plane = models.Subspace(probe.model, basis)
 
     def project(state: Mapping[str, Tensor]) -> np.ndarray:
@@ -161,14 +165,14 @@ def path_of(result: Result, basis: Tensor, project: Callable) -> list[np.ndarray
     files = [directory / f"{number}.pt" for number in utils.sample_numbers(directory)]
     files = files if result.kind == "full" else [result.weights]
     if result.kind != "subspace":
-        return [project(utils.state_dict_in(file)) for file in files if file.exists()]
+        return [project(utils.load_state_dict(file)) for file in files if file.exists()]
     start = load(result, started_from(result))
-    own = utils.load_basis(result.directory / "basis.npz", basis.shape[1], basis.device)
+    own = load_basis(result.directory / "basis.npz", basis.shape[1], basis.device)
     if not start or own is None or any("coordinates" not in row for row in result.rows):
         return []  # a sharded basis, for one, is not kept
     coordinates = np.array([row["coordinates"] for row in result.rows])
     moved = coordinates @ (own.basis.to(basis.dtype) @ basis.T).cpu().numpy()  # (E, k) (k, 2)
-    start = project(utils.mean_of(start))
+    start = project(utils.average(start))
     return [start, *(start + moved)]
 
 
@@ -185,5 +189,5 @@ def loss_on(plane: models.Subspace, images: Any, points: np.ndarray) -> np.ndarr
     losses, points = [], torch.as_tensor(points).to(plane.origin)
     for point in tqdm(points, "loss landscape", disable=None, leave=False):
         plane.coordinates.copy_(point)
-        losses.append(utils.cross_entropy(plane, batch, labels, False)[0])
+        losses.append(cross_entropy(plane, batch, labels, False)[0])
     return torch.stack(losses).cpu().numpy()  # the only host sync

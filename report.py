@@ -5,7 +5,6 @@
 Save dirs of the same network, data, label noise and epochs are taken as seeds of one experiment.
 """
 
-import argparse
 import base64
 import json
 import sys
@@ -16,13 +15,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 import analysis
 import plots
 import results
-import utils
+from checkpoint import replacing
+from cli import Parser, entry_point, path, pick_device
+from errors import InputError, blame
 from results import Result, grouped, markdown, noting, plain
 
 
@@ -117,31 +117,20 @@ def pictures_of(
 # ------------------------------------------------------------------------------------ page
 
 
-def device(text: str) -> str:
-    """An argparse type: a device that torch sees here; auto is its accelerator, or else cpu."""
-    there = "cpu"
-    if torch.accelerator.is_available():
-        there = torch.accelerator.current_accelerator().type
-    if text != "auto" and text.partition(":")[0] not in ("cpu", there):
-        allowed = ", ".join(dict.fromkeys(("auto", "cpu", there)))
-        raise argparse.ArgumentTypeError(f"torch sees no {text!r} here; allowed: {allowed}")
-    return there if text == "auto" else text
-
-
-def options() -> utils.Parser:
+def get_options() -> Parser:
     """The command line."""
-    parser = utils.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("save_dirs", nargs="+", type=utils.place, metavar="SAVE_DIR")
+    add("save_dirs", nargs="+", type=path, metavar="SAVE_DIR")
     # fmt: off
-    add("--out", type=utils.place, metavar="DIR", default=Path("report"),
-        help="directory of index.html, report.md, results.json, pictures (default: %(default)s)")
-    add("--data-dir", type=utils.place, metavar="DIR",
+    add("--out", type=path, metavar="DIR", default="report",
+        help="directory of index.html, report.md, results.json, pictures")
+    add("--data-dir", type=path, metavar="DIR",
         help="where the dataset is, if no longer where the runs had it")
     add("--arch", metavar="NAME",
         help="package.module:callable, where the network of the runs is one")
-    add("--device", type=device, metavar="NAME", default="auto",
-        help="cpu or what accelerator there is, as cuda; auto prefers it (default: %(default)s)")
+    add("--device", metavar="DEVICE", default="auto",
+        help="cpu or what accelerator there is, as cuda; auto prefers it")
     add("--no-data", action="store_true",
         help="leave out what needs the images: training accuracy and loss landscape")
     # fmt: on
@@ -168,14 +157,16 @@ def markdown_page(sections: Sequence[Mapping[str, Any]], facts: str) -> str:
     return f"{text}{facts}\n"
 
 
+@entry_point
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Write the report and print its tables; returns what results.json holds of their rows."""
-    args = options().parse_args(argv)
+    args = get_options().parse_args(argv)
+    args.device = pick_device(args.device)
     problems: list[str] = []
     runs, probes = results.read(args.save_dirs, problems), {}
     if not runs:
-        utils.refuse(f"nothing to report: {'; '.join(problems)}")
-    with utils.refusing("--out"):
+        raise InputError(f"nothing to report: {'; '.join(problems)}")
+    with blame("--out"):
         args.out.mkdir(parents=True, exist_ok=True)
     if not args.no_data:
         probes = analysis.measure(runs, args, problems)
@@ -204,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     files["report.md"] = markdown_page(sections, text).encode()
     files["results.json"] = f"{json.dumps(rounded)}\n".encode()
     for name, content in files.items():
-        with utils.replacing(args.out / name) as stream:
+        with replacing(args.out / name) as stream:
             stream.write(content)
 
     for section in sections[1:]:
@@ -216,4 +207,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    main()

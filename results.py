@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import utils
+from checkpoint import EXPERIMENT, fingerprint
 
 # What seeds of one experiment have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
@@ -71,7 +71,8 @@ class Result:
         self.epochs = sum(row["epoch"] > 0 for row in self.rows)
         self.final = self.rows[-1]["test_acc"]
         self.name = self.arguments.get("run") or ""
-        done, last = self.rows[-1]["epoch"], self.arguments["epochs"]
+        sessions = self.config.get("sessions", [self.config])  # the last may have gone further
+        done, last = self.rows[-1]["epoch"], sessions[-1]["arguments"]["epochs"]
         self.finished = self.kind == "partial" or not 0 < done < last
         self.title = self.method + (f" ({self.name})" if self.name else "")
         self.title += "" if self.finished else f", {done} of {last} epochs so far"
@@ -160,7 +161,7 @@ def epoch_of(trajectory: Result, sample: int) -> float:
 def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
     """The run in a directory, and its trajectory at the last sample of a subspace run."""
     run = read_run(directory, trajectory)
-    for name in utils.EXPERIMENT:
+    for name in EXPERIMENT:
         if run.arguments[name] != trajectory.arguments[name]:
             raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")
     samples, start = run.config["samples"], run.arguments.get("start")
@@ -186,7 +187,7 @@ def read_save_dir(save_dir: Path, problems: list[str]) -> list[Result]:
     @functools.cache  # many runs build on the same samples
     def digest(samples: tuple[int, ...]) -> str | None:
         files = [save_dir / f"{number}.pt" for number in samples]
-        return utils.fingerprint(files) if all(file.exists() for file in files) else None
+        return fingerprint(files) if all(file.exists() for file in files) else None
 
     found: dict[tuple, Result] = {}
     for file in sorted(save_dir.glob("*/metrics.jsonl")):

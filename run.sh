@@ -77,7 +77,7 @@ test)
     ;;
 bench)
     prepare requirements.txt
-    for name in data pca step engine chain; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
+    for name in data pca step engine; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
     ;;
 lint)
     prepare requirements.txt tests/requirements.txt

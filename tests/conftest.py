@@ -1,12 +1,18 @@
 """What several test files need: small runs of the real scripts."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_pbfgs
+import train_psgd
 import train_sgd
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 
 # Sums are in the same order on every machine, so bit-equality means something.
 torch.set_num_threads(2)
@@ -77,3 +83,18 @@ def orthonormal():
         return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q.T.contiguous()
 
     return make
+
+
+@pytest.fixture
+def patch(monkeypatch):
+    """Replace a function in every module of the project that has it under this name."""
+
+    def call(name: str, value) -> None:
+        own = [
+            m for m in sys.modules.values() if Path(getattr(m, "__file__", "") or "").parent == ROOT
+        ]
+        for module in own:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+    return call

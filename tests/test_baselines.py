@@ -9,6 +9,7 @@ import torch
 from conftest import DIGITS
 
 import cli
+import engine
 import models
 import report
 import train_pbfgs
@@ -60,11 +61,11 @@ def test_training_turns_with_the_basis(optimizer, tiny, batch, orthonormal):
 
         @torch.no_grad()
         def evaluate(subspace=subspace):
-            return utils.cross_entropy(subspace, images, labels, False)[0]
+            return engine.cross_entropy(subspace, images, labels, False)[0]
 
         for _ in range(5):
             subspace.zero_grad()
-            loss, _ = utils.cross_entropy(subspace, images, labels, False)
+            loss, _ = engine.cross_entropy(subspace, images, labels, False)
             loss.backward()
             method.step(*([evaluate, loss.detach()] if optimizer == "pbfgs" else []))
         ends.append(subspace.vector().detach())

@@ -8,6 +8,7 @@ from conftest import DIGITS
 from test_data import random_split
 
 import cli
+import engine
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -34,7 +35,9 @@ def weights(save_dir, name="model.th"):
 def test_channels_last_is_how_the_same_images_lie(batch):
     batches = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        data = utils.TensorLoader(random_split(), utils.DATASETS["digits"], 7, "cpu", 1, layout=layout)
+        data = utils.TensorLoader(
+            random_split(), utils.DATASETS["digits"], 7, "cpu", 1, layout=layout
+        )
         batches.append([images for images, _ in data.epoch(0)])
         assert all(images.is_contiguous(memory_format=layout) for images in batches[-1])
     assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
@@ -50,15 +53,15 @@ def test_channels_last_is_for_the_cpu_unless_told(given, device, decided, monkey
     assert cli.parse_args(train_sgd.get_options(), given).channels_last is decided
 
 
-def test_channels_last_reaches_the_network(tmp_path, monkeypatch):
+def test_channels_last_reaches_the_network(tmp_path, patch):
     seen = []
-    cross_entropy = utils.cross_entropy
+    cross_entropy = engine.cross_entropy
 
     def spy(model, images, labels, half):
         seen.append(images.is_contiguous(memory_format=torch.channels_last))
         return cross_entropy(model, images, labels, half)
 
-    replace_cross_entropy(spy)
+    patch("cross_entropy", spy)
     for switch in ("--channels-last", "--no-channels-last"):
         run = [*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path / switch), switch]
         train_sgd.main(run)

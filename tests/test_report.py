@@ -17,6 +17,7 @@ from conftest import DIGITS
 from PIL import Image
 
 import analysis
+import engine
 import models
 import plots
 import report
@@ -248,7 +249,7 @@ def test_the_landscape_has_one_host_sync(runs, monkeypatch):
     """Oracle: losses that refuse to be read, but can be stacked."""
     probe, _ = probe_of(runs / "one")
     model = models.Subspace(probe.model, torch.eye(2, 75290))
-    plain = utils.cross_entropy
+    plain = engine.cross_entropy
 
     def unread(*arguments):
         loss, output = plain(*arguments)

@@ -21,6 +21,7 @@ from conftest import DIGITS
 from torch import nn
 
 import checkpoint
+import engine
 import models
 import train_pbfgs
 import train_psgd
@@ -98,11 +99,11 @@ def start(name, sampled, tmp_path):
 )
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
-    name, moment, number, sampled, unbroken, tmp_path, monkeypatch, capsys
+    name, moment, number, sampled, unbroken, tmp_path, patch, capsys
 ):
     """At a forward pass of training, of a test or of a search, and once more on the way."""
     script, argv, save_dir = start(name, sampled, tmp_path)
-    cross_entropy = utils.cross_entropy
+    cross_entropy = engine.cross_entropy
     calls = []
 
     def interrupted(*args):
@@ -111,7 +112,7 @@ def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
             os.kill(os.getpid(), number)
         return cross_entropy(*args)
 
-    replace_cross_entropy(interrupted)
+    patch("cross_entropy", interrupted)
     for _ in range(2):
         calls.clear()
         with pytest.raises(SystemExit) as exit:
@@ -121,18 +122,18 @@ def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
         assert len(error) == 1
         assert signal.Signals(number).name in error[0]
         assert "--resume" in error[0]
-    replace_cross_entropy(cross_entropy)
+    patch("cross_entropy", cross_entropy)
     script.main([*argv, "--resume"])
     assert differences(save_dir, unbroken[name]) == []
 
 
-def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+def test_a_second_signal_ends_at_once(tmp_path, patch):
     def twice(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("still running")
 
-    replace_cross_entropy(twice)
+    patch("cross_entropy", twice)
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-dir", str(tmp_path / "run")])
     assert exit.value.code == 143
@@ -146,7 +147,7 @@ def test_handlers_are_given_back(tmp_path):
 
 
 @pytest.mark.parametrize(("script", "moment"), [(train_sgd, 3), (train_psgd, 6)])
-def test_dropout_is_a_function_of_the_step(script, moment, tmp_path, monkeypatch, capsys):
+def test_dropout_is_a_function_of_the_step(patch, script, moment, tmp_path, monkeypatch, capsys):
     """An epoch stopped halfway, or before BatchNorm is re-estimated, draws on as if it were not."""
 
     def build(arch, num_classes, image_size):
@@ -160,7 +161,7 @@ def test_dropout_is_a_function_of_the_step(script, moment, tmp_path, monkeypatch
         shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
         options += ["--params_end", "3", "--n_components", "2", "--bn-update"]
         script.main([*options, "--save-dir", str(tmp_path / "unbroken")])
-    cross_entropy, calls = utils.cross_entropy, []
+    cross_entropy, calls = engine.cross_entropy, []
 
     def interrupted(*args):
         calls.append(1)
@@ -168,7 +169,7 @@ def test_dropout_is_a_function_of_the_step(script, moment, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return cross_entropy(*args)
 
-    replace_cross_entropy(interrupted)
+    patch("cross_entropy", interrupted)
     with pytest.raises(SystemExit):
         script.main([*options, "--save-dir", str(tmp_path / "broken")])
     script.main([*options, "--save-dir", str(tmp_path / "broken")])
@@ -320,10 +321,12 @@ def test_free_memory_is_what_the_system_says():
 @pytest.mark.parametrize(
     ("name", "cure"), [("sgd", "--lr"), ("psgd", "--lr"), ("pbfgs", "--alpha")]
 )
-def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypatch, refused):
+def test_a_loss_that_is_not_finite_stops(
+    patch, name, cure, sampled, tmp_path, monkeypatch, refused
+):
     """From the fourth batch of the third epoch on; the checkpoint of the second is still there."""
     script, argv, save_dir = start(name, sampled, tmp_path)
-    cross_entropy, train_epoch, epochs = utils.cross_entropy, utils.train_epoch, []
+    cross_entropy, train_epoch, epochs = engine.cross_entropy, utils.train_epoch, []
 
     def broken(model, images, labels, half):
         loss, output = cross_entropy(model, images, labels, half)
@@ -336,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops(name, cure, sampled, tmp_path, monkeypa
         broken.seed = int(seeds[3])
         return train_epoch(run, step, after_step, epoch, asked)
 
-    replace_cross_entropy(broken)
+    patch("cross_entropy", broken)
     monkeypatch.setattr(utils, "train_epoch", counted)
     with pytest.raises(SystemExit) as exit:
         script.main([*argv])
@@ -367,11 +370,9 @@ def test_parameters_that_are_not_finite_stop_though_every_loss_was(tmp_path, cap
     assert not (tmp_path / "run" / "1.pt").exists()
 
 
-def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(tmp_path, patch, capsys):
     """Asked to stop two steps after the loss was nan, and before it is looked at."""
-    cross_entropy, calls = utils.cross_entropy, []
+    cross_entropy, calls = engine.cross_entropy, []
 
     def diverging(*args):
         loss, output = cross_entropy(*args)
@@ -380,7 +381,7 @@ def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(
             os.kill(os.getpid(), signal.SIGINT)
         return (loss * float("nan") if len(calls) >= 9 else loss), output
 
-    replace_cross_entropy(diverging)
+    patch("cross_entropy", diverging)
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-every", "1", "--save-dir", str(tmp_path)])
     assert exit.value.code == 1
@@ -388,13 +389,13 @@ def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(
     assert utils.read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
-def test_an_epoch_begun_goes_on_with_its_own_batches(tmp_path, monkeypatch, refused, capsys):
+def test_an_epoch_begun_goes_on_with_its_own_batches(tmp_path, patch, refused, capsys):
     def stopped(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return cross_entropy(*args)
 
-    cross_entropy = utils.cross_entropy
-    replace_cross_entropy(stopped)
+    cross_entropy = engine.cross_entropy
+    patch("cross_entropy", stopped)
     argv = [*DIGITS, "--save-dir", str(tmp_path), "--resume"]
     with pytest.raises(SystemExit):
         train_sgd.main(argv)

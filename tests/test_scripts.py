@@ -317,11 +317,11 @@ def test_half_computes_in_bfloat16_and_keeps_float32(batch):
     model = models.build("resnet8", 10)
     hook = model.conv1.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
     images, labels = batch[0].float(), batch[1]
-    loss, _ = utils.cross_entropy(model, images, labels, half=True)
+    loss, _ = engine.cross_entropy(model, images, labels, half=True)
     hook.remove()
     assert kinds == [torch.bfloat16]
     assert loss.dtype == torch.float32
-    full, _ = utils.cross_entropy(model, images, labels, half=False)
+    full, _ = engine.cross_entropy(model, images, labels, half=False)
     assert loss.item() == pytest.approx(full.item(), rel=0.02)
     loss.backward()
     assert model.conv1.weight.grad.dtype == torch.float32
@@ -343,12 +343,12 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
 
     step = train_pbfgs.make_step(args, subspace.train(), Spy([subspace.coordinates]), None)
     with train_pbfgs.frozen_buffers(model), torch.no_grad():
-        full, _ = utils.cross_entropy(subspace, images, labels, half=False)
+        full, _ = engine.cross_entropy(subspace, images, labels, half=False)
     step(images, labels)
     assert compared == [full, full]
 
 
-def test_options_of_pbfgs_reach_the_training(copy, monkeypatch):
+def test_options_of_pbfgs_reach_the_training(copy, patch):
     """--alpha leaves the plane, --half runs bfloat16, --accumulate makes fewer steps."""
     options = [*SUBSPACE, "--epochs", "1", "--save-dir", str(copy), "--overwrite"]
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
@@ -360,14 +360,14 @@ def test_options_of_pbfgs_reach_the_training(copy, monkeypatch):
         return float((moved - moved @ basis.T @ basis).norm() / moved.norm())
 
     calls = []
-    real = utils.cross_entropy
+    real = engine.cross_entropy
 
     def spy(model, images, labels, half):
         if torch.is_grad_enabled():
             calls.append((len(images), half))
         return real(model, images, labels, half)
 
-    replace_cross_entropy(spy)
+    patch("cross_entropy", spy)
     train_pbfgs.main(options)
     assert outside() < 1e-4
     assert calls == [(256, False)] * 5 + [(157, False)]
@@ -561,7 +561,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path):
 def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     options = [*DIGITS, "--epochs", "2", "--sample-every", "4", "--save-dir"]
     train_sgd.main([*options, str(tmp_path / "whole")])
-    plain, calls = utils.cross_entropy, iter(range(10**6))
+    plain, calls = engine.cross_entropy, iter(range(10**6))
 
     def interrupting(*arguments):
         if next(calls) == 2:
