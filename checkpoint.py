@@ -282,19 +282,25 @@ def claim(args: argparse.Namespace, directory: Path, keep: bool) -> contextlib.E
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory of a run; ValueError that says which process does already.
 
-    The kernel ends the lock with the process. Its file stays: were it removed, two processes could
-    hold two files of that name.
+    The kernel ends the lock with the process.
     """
-    with (directory / ".lock").open("a+") as stream:
+    file = directory / "lock"
+    with file.open("a+") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            # Its owner may have removed the file since it was opened: then it locks nothing.
+            if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError) as error:
             stream.seek(0)
             raise ValueError(f"{directory} is in use by process {stream.read()}") from error
         stream.truncate(0)
         stream.write(f"{os.getpid()} on {platform.node()}")
         stream.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def clear(args: argparse.Namespace, directory: Path) -> None:

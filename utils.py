@@ -628,12 +628,14 @@ def check_components(n_components: Any, most: int, samples: int) -> int | float:
     """k as an int, or a fraction of the variance as a float; ValueError for anything else."""
     with contextlib.suppress(TypeError):
         k = operator.index(n_components)
-        if not 0 < k <= most:
-            raise ValueError(f"{k} of {samples} samples; allowed: at most {most}")
-        return k
+        if 0 < k <= most:
+            return k
+        raise ValueError(f"{k} of {samples} samples; allowed: at most {most}")
     with contextlib.suppress(TypeError, ValueError):
-        if 0 < float(n_components) < 1:
+        if 0 < float(n_components) < 1 <= most:
             return float(n_components)
+    if most < 1:
+        raise ValueError(f"{n_components} of {samples} samples; allowed: at most {most}")
     raise ValueError(
         f"{n_components!r}: allowed: a whole number from 1, or a fraction of the variance below 1"
     )

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python experiments/tables.py
 
-A JSON file is the results.json that report.py left of the run.sh target that the file is named
+A JSON file is the results.json that report.py left of the experiment that the file is named
 after; networks.json is what networks.py left. A table stands between <!-- table NAME --> and
-<!-- end -->; NAME is main, published, networks, or a target.
+<!-- end -->; NAME is main, networks, or an experiment.
 """
 
 import json
@@ -24,7 +24,7 @@ METHODS = (  # on the first page, and the methods that results.py names so
     ("P-SGD", r"P-SGD(, BN update)?"),
     ("P-SGD, random basis", r"P-SGD, random basis(, BN update)?"),
 )
-SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8)), "cifar-small": ("CIFAR-10", (0.0, 0.4))}
+SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8))}
 
 TIMED = ("digits-full",)  # the others shared the machine
 
@@ -61,16 +61,6 @@ def main_table() -> str:
                 cells = rows.setdefault(method, [method, str(row["k"]), str(row["total epochs"])])
                 cells.append(results.mean_std(row["final"], 2))
     return results.markdown(columns, rows.values())
-
-
-def published_table() -> str:
-    """The experiment of the published commands, with test accuracy at the end and at its best."""
-    rows = [
-        [method, str(row["k"]), str(row["total epochs"])]
-        + [results.mean_std(row[name], 2) for name in ("final", "best", "train")]
-        for method, row in of_methods("cifar", 0.0).items()
-    ]
-    return results.markdown(["", "k", "total epochs", "final", "best", "train"], rows)
 
 
 def shown(target: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -110,7 +100,7 @@ def filled(page: str) -> str:
     """The page with its tables as they should be."""
 
     def fill(found: re.Match) -> str:
-        own = {"main": main_table, "published": published_table, "networks": networks_table}
+        own = {"main": main_table, "networks": networks_table}
         table = own[found[2]]() if found[2] in own else target_tables(found[2])
         return found[1] + table + found[3]
 

@@ -16,6 +16,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from basis import random_basis
 from train_pbfgs import PBFGS
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5", "--epochs", "2"]
@@ -83,7 +84,7 @@ def test_a_random_plane_is_orthonormal_seeded_and_apart_from_the_samples(copy):
     centred = samples - samples.mean(0)
     share = np.sum((centred @ basis.T) ** 2) / np.sum(centred**2)
     assert share < 0.01, "five of 75,290 directions"
-    other = basis.random_basis(5, 75290, 2, torch.float32, "cpu")
+    other = random_basis(5, 75290, 2, torch.float32, "cpu")
     assert np.abs(basis @ other.double().numpy().T).max() < 0.1
 
 

@@ -1,6 +1,5 @@
 """The data section. Oracles: explicit slicing, counts, torchvision's readers and transforms."""
 
-import argparse
 import hashlib
 import pickle
 import struct
@@ -16,14 +15,13 @@ from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
 import cli
-import models
 import utils
-from utils import DATASETS, Images, Split, corrupt_labels, crop
+from utils import DATASETS, Split, TensorLoader, corrupt_labels, crop
 
 
 def arguments(**options):
     """Parsed options with the scripts' defaults."""
-    parser = cli.get_parser("", models, "resnet8", 1, 0.0)
+    parser = cli.get_parser("", "resnet8", 1, 0.0)
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
@@ -112,7 +110,7 @@ def test_crops_equal_slicing_each_image(size, padding, batch, seed):
 def test_mirrored_images_equal_flipping_each():
     """An epoch with flips is the epoch without, each image mirrored or not after its crop."""
     split, dataset = random_split(60), DATASETS["CIFAR10"]
-    ((mirrored, _),) = Images(split, dataset, 60, "cpu", 1).epoch(3)
+    ((mirrored, _),) = TensorLoader(split, dataset, 60, "cpu", 1).epoch(3)
     random = utils.rng(1, "epoch", 3)
     order, (top, left) = random.permutation(60), random.integers(9, size=(2, 60))
     flips = random.integers(2, size=60)
@@ -128,7 +126,7 @@ def test_every_window_of_the_padded_image_and_no_other():
     """What an epoch can show is what torchvision's flip and RandomCrop with padding can."""
     split = random_split(1, size=4)
     dataset = DATASETS["CIFAR10"]._replace(padding=1)
-    images = Images(split, dataset, 1, "cpu", seed=0)
+    images = TensorLoader(split, dataset, 1, "cpu", seed=0)
     padded = torch.nn.functional.pad(split.images[0], [1] * 4)
     normalise = transforms.Normalize(dataset.mean, dataset.std)
     possible = []
@@ -149,7 +147,7 @@ def test_padding_is_black_before_normalisation():
     """The border of a crop is −mean / std, what a black pixel becomes, and not 0."""
     split = Split(torch.full((64, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(64).long(), ["a"])
     dataset = DATASETS["CIFAR10"]
-    ((images, _),) = Images(split, dataset, 64, "cpu", seed=0).epoch(0)
+    ((images, _),) = TensorLoader(split, dataset, 64, "cpu", seed=0).epoch(0)
     black = (0 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)
     white = (1 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)
     for channel in range(3):
@@ -165,7 +163,7 @@ def test_flip_and_crop_are_fair():
     pixels[:, 0] = 1 + torch.arange(16)[:, None]
     pixels[:, 1] = 1 + torch.arange(16)
     dataset = DATASETS["CIFAR10"]._replace(mean=(0, 0, 0), std=(1 / 255,) * 3)
-    images = Images(Split(pixels, torch.arange(4000), []), dataset, 4000, "cpu", seed=0)
+    images = TensorLoader(Split(pixels, torch.arange(4000), []), dataset, 4000, "cpu", seed=0)
     ((cut, _),) = images.epoch(5)
     row, column, right = cut[:, 0, 8, 8], cut[:, 1, 8, 7], cut[:, 1, 8, 8]
     flipped = right < column
@@ -181,11 +179,11 @@ def test_flip_and_crop_are_fair():
 def test_an_epoch_is_a_function_of_seed_and_number():
     split = random_split()
     epochs = {
-        (seed, number): list(Images(split, DATASETS["digits"], 7, "cpu", seed).epoch(number))
+        (seed, number): list(TensorLoader(split, DATASETS["digits"], 7, "cpu", seed).epoch(number))
         for seed in (1, 2)
         for number in (0, 1)
     }
-    again = Images(split, DATASETS["digits"], 7, "cpu", 1)
+    again = TensorLoader(split, DATASETS["digits"], 7, "cpu", 1)
     list(again.epoch(0))
     for ours, first in zip(again.epoch(1), epochs[1, 1], strict=True):
         assert torch.equal(ours[0], first[0])
@@ -212,31 +210,13 @@ def test_an_epoch_is_a_function_of_seed_and_number():
 )
 def test_a_lone_last_image_joins_the_batch_before(n, size, sizes):
     assert utils.batch_sizes(n, size) == sizes
-    images = Images(random_split(n), DATASETS["digits"], size, "cpu", 1)
+    images = TensorLoader(random_split(n), DATASETS["digits"], size, "cpu", 1)
     assert [len(labels) for _, labels in images.epoch(0)] == sizes
-
-
-def test_details_are_means_over_the_steps():
-    """Nine images in batches of four are two steps."""
-    images = Images(random_split(9), DATASETS["digits"], 4, "cpu", 1)
-    args = argparse.Namespace(randomseed=1, print_freq=1)
-    args.device = "cpu"
-    data, state = utils.Data(images, images, 10, 0), {"model": torch.nn.Linear(1, 1)}
-    run = utils.Run(args, None, data, state, [], {}, None, None)
-    loss, output = torch.tensor(0.5), torch.eye(10)
-
-    def step(batch, labels, weight):
-        return loss * len(labels), output[labels], {"trials": len(labels)}
-
-    row = utils.train_epoch(run, step, lambda iteration: None, 0, [])
-    assert row["trials"] == 4.5
-    assert row["train_acc"] == 100
-    assert row["train_loss"] == pytest.approx((0.5 * 4 * 4 + 0.5 * 5 * 5) / 9)
 
 
 def test_without_seed_images_come_in_order_and_only_normalised():
     split, dataset = random_split(), DATASETS["CIFAR100"]
-    batches = list(Images(split, dataset, 8, "cpu").epoch())
+    batches = list(TensorLoader(split, dataset, 8, "cpu").epoch())
     expected = transforms.Normalize(dataset.mean, dataset.std)(split.images / 255)
     torch.testing.assert_close(torch.cat([images for images, _ in batches]), expected)
     assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
@@ -265,7 +245,6 @@ def datasets_digits():
 def test_corruption_and_subset_of_a_dataset():
     clean = utils.load_data(arguments(datasets="digits")).train
     noisy = utils.load_data(arguments(datasets="digits", corrupt=0.4))
-    assert noisy.corrupted == int(0.4 * 1437)
     assert torch.equal(noisy.train.labels, corrupt_labels(clean.labels, 0.4, 10, 1))
     small = utils.load_data(arguments(datasets="digits", smalldatasets=0.1))
     assert len(small.train) == 143
@@ -347,7 +326,7 @@ def folder(tmp_path):
 
 def test_small_image_files_are_decoded_once(folder):
     data = utils.load_data(arguments(datasets="ImageFolder", data_dir=folder, image_size=36))
-    assert isinstance(data.train, Images)
+    assert isinstance(data.train, TensorLoader)
     assert (len(data.train), len(data.test), data.num_classes) == (12, 4, 2)
     assert data.test.labels.tolist() == [0, 0, 1, 1]
     first = np.array(Image.open(folder / "test" / "cat" / "0.png"))[2:38]
@@ -417,7 +396,7 @@ def test_the_parts_of_several_processes_make_the_batch(image_size, folder, monke
     options = {"data_dir": folder, "image_size": image_size, "workers": 0, "batch_size": 7}
     data = utils.load_data(arguments(datasets="ImageFolder", **options))
     whole = list(data.train.epoch(3))
-    monkeypatch.setattr(utils, "world", lambda: 2)
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
     parts = []
     for number in range(2):
         monkeypatch.setattr(utils, "rank", lambda number=number: number)

@@ -1,7 +1,7 @@
 """Files that are hostile, broken, or of something else: test_options.py has the plain ones.
 
 Oracle: exit code 2, one line on stderr that names the file, no warning, nothing written, no code
-run. `fit` is replaced, so what is let in does not train: it fails the test.
+run. `Run.epochs` is replaced, so what is let in does not train: it fails the test.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from test_options import Exploit, files
 from torchvision import datasets
 
 import analysis
+import engine
 import models
 import plots
 import report
@@ -64,7 +65,7 @@ def let_in(*args):
 def rejected(tmp_path, refused, monkeypatch, recwarn):
     """Call a script; its one line on stderr, once it is clear that it has done nothing else."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "fit", let_in)
+    monkeypatch.setattr(engine.Run, "epochs", let_in)
 
     def call(script, *options) -> str:
         recwarn.clear()

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from conftest import DIGITS
 from torch import nn
 
-import basis
 import models
 import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from basis import random_basis
 
 MODULE = """
 from torch import nn
@@ -148,7 +148,7 @@ def test_a_transformer_learns_a_task_on_tokens_in_its_plane():
     found, n = {}, len(samples[0])
     planes = {
         "samples": utils.pca(samples, 5)[0],
-        "random": basis.random_basis(5, n, 1, torch.float32, "cpu"),
+        "random": random_basis(5, n, 1, torch.float32, "cpu"),
     }
     for name, basis in planes.items():
         network.load_state_dict(utils.unflatten(samples[0], network))

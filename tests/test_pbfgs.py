@@ -10,9 +10,20 @@ from golden import Golden, close
 from torch import nn
 
 from models import Subspace
-from train_pbfgs import PBFGS, frozen_statistics, make_step, update_inverse_hessian
+from train_pbfgs import PBFGS, Batch, frozen_buffers, step_outside, update_inverse_hessian
 
 ARGS = argparse.Namespace(batch_size=16, half=False, weight_decay=0.0)
+
+
+def take_step(subspace, optimizer, images, labels, residual=None, args=ARGS):
+    """A step of train_pbfgs.main: its loss, logits and rejected trials."""
+    subspace.zero_grad()
+    batch = Batch(args, subspace, images, labels, 1.0)
+    loss, logits, start = batch.backward()
+    trials = optimizer.step(batch.evaluate, start)
+    if residual:
+        step_outside(subspace, residual)
+    return loss, logits, trials
 
 
 def quadratic(k: int = 6) -> torch.Tensor:
@@ -30,11 +41,10 @@ def test_step_equals_the_published_function(name, tiny):
     if golden["alpha"]:
         origin = [subspace.origin.requires_grad_()]
         residual = torch.optim.SGD(origin, float(golden["alpha"]), float(golden["gamma"]))
-    step = make_step(ARGS, subspace, optimizer, residual)
     for i, (images, labels) in enumerate(golden.batches):
-        loss, _, details = step(images, labels)
+        loss, _, trials = take_step(subspace, optimizer, images, labels, residual)
         close(loss, golden["losses"][i])
-        assert details["trials"] == golden["trials"][i]
+        assert trials == golden["trials"][i]
         if not residual:
             close(z, golden["coordinates"][i])
     golden.check_end()
@@ -122,7 +132,7 @@ def test_state_dict_goes_on_where_it_was(tiny):
                 saved = optimizer.state_dict()
                 optimizer = PBFGS([golden.subspace.coordinates])
                 optimizer.load_state_dict(saved)
-            make_step(ARGS, golden.subspace, optimizer, None)(images, labels)
+            take_step(golden.subspace, optimizer, images, labels)
         ends.append(golden.subspace.vector().detach())
     assert torch.equal(*ends)
 
@@ -131,7 +141,7 @@ def test_trials_leave_the_running_statistics_alone(tiny, batch):
     images, _ = batch
     tiny.train()
     before = {name: buffer.clone() for name, buffer in tiny.named_buffers()}
-    with frozen_statistics(tiny):
+    with frozen_buffers(tiny):
         frozen = tiny(images)
     for name, buffer in tiny.named_buffers():
         assert torch.equal(buffer, before[name])
@@ -148,10 +158,10 @@ def test_accumulated_batches_make_one_step(batch, orthonormal):
     for size in (16, 8, 11):
         subspace = Subspace(copy.deepcopy(model), orthonormal(5, 1930)).train()
         args = argparse.Namespace(batch_size=size, half=False, weight_decay=0.01)
-        step = make_step(args, subspace, PBFGS([subspace.coordinates]), None)
-        results = [step(images, labels) for _ in range(5)]
+        optimizer = PBFGS([subspace.coordinates])
+        results = [take_step(subspace, optimizer, images, labels, args=args) for _ in range(5)]
         assert results[-1][1].shape == (16, 10)
-        ends.append((subspace.coordinates.detach(), [details["trials"] for *_, details in results]))
+        ends.append((subspace.coordinates.detach(), [trials for *_, trials in results]))
     for z, trials in ends[1:]:
         torch.testing.assert_close(z, ends[0][0])
         assert trials == ends[0][1]
@@ -169,11 +179,11 @@ def test_all_trials_of_a_step_see_the_same_dropout(batch, orthonormal):
             return 0
 
     optimizer = Still([subspace.coordinates])
-    step = make_step(ARGS, subspace, optimizer, None)
-    step(images, labels)
+    take_step(subspace, optimizer, images, labels)
     first = optimizer.losses
     assert (first == first[0]).all()
-    step(images, labels)
+    torch.manual_seed(1)
+    take_step(subspace, optimizer, images, labels)
     assert optimizer.losses[0] != first[0], "the next step draws anew"
 
 
@@ -184,7 +194,7 @@ def test_residual_step_is_sgd_outside_the_subspace(tiny, batch, orthonormal):
     subspace = Subspace(tiny, basis).train()
     start = subspace.origin.detach().clone()
     residual = torch.optim.SGD([subspace.origin.requires_grad_()], 0.1, 0.9)
-    step = make_step(ARGS, subspace, PBFGS([subspace.coordinates]), residual)
+    optimizer = PBFGS([subspace.coordinates])
     momentum = torch.zeros(166, dtype=torch.float64)
     expected = start
     for _ in range(3):
@@ -194,5 +204,5 @@ def test_residual_step_is_sgd_outside_the_subspace(tiny, batch, orthonormal):
         (full,) = torch.autograd.grad(F.cross_entropy(output, labels), theta)
         momentum = 0.9 * momentum + full - full @ basis.T @ basis
         expected = expected - 0.1 * momentum
-        step(images, labels)
+        take_step(subspace, optimizer, images, labels, residual)
     torch.testing.assert_close(subspace.origin.detach(), expected)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-import basis
 import checkpoint
 import utils
+from basis import Basis, computed_from, load_basis, save_basis
 from models import build
 
 
@@ -210,9 +210,9 @@ def test_a_fingerprint_tells_contents_order_and_options(saved, zip_archive, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_basis_is_the_same_bits(dtype, tmp_path):
     basis, ratios = utils.pca(walk(dtype=np.float32), 5, dtype=dtype)
-    basis.save_basis(tmp_path / "basis.npz", basis.Basis(basis, ratios, "source"))
-    loaded = basis.load_basis(tmp_path / "basis.npz", 300, "cpu")
-    assert loaded.computed_from == basis.computed_from(tmp_path / "basis.npz") == "source"
+    save_basis(tmp_path / "basis.npz", Basis(basis, ratios, "source"))
+    loaded = load_basis(tmp_path / "basis.npz", 300, "cpu")
+    assert loaded.computed_from == computed_from(tmp_path / "basis.npz") == "source"
     assert torch.equal(loaded.basis, basis)
     assert loaded.basis.dtype == dtype
     assert torch.equal(loaded.explained_variance_ratio, ratios)
@@ -225,4 +225,4 @@ def test_a_file_that_is_no_basis_was_computed_from_nothing(content, tmp_path):
         np.savez(file, basis=np.eye(2))
     elif content is not None:
         file.write_bytes(content)
-    assert basis.computed_from(file) is None
+    assert computed_from(file) is None

@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import utils
-from utils import Split
+from utils import Split, TensorLoader
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -192,7 +192,7 @@ def test_an_epoch_shows_every_image_once_cut_and_mirrored(
     pixels = random.integers(256, size=(n, 3, size, size), dtype=np.uint8)
     split = Split(torch.from_numpy(pixels), torch.arange(n), [])
     dataset = utils.DATASETS["CIFAR100"]._replace(padding=padding, flip=flip)
-    batches = list(Images(split, dataset, batch, "cpu", seed, layout=layout).epoch(number))
+    batches = list(TensorLoader(split, dataset, batch, "cpu", seed, layout=layout).epoch(number))
     assert [len(labels) for _, labels in batches] == utils.batch_sizes(n, batch)
     assert all(images.is_contiguous(memory_format=layout) for images, _ in batches)
     labels = torch.cat([labels for _, labels in batches])

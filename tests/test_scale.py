@@ -82,7 +82,8 @@ def counting(sent: list, kept: list) -> None:
         kept.append(made.basis.untyped_storage().nbytes())
         return made
 
-    dist.all_reduce, distributed.data_parallel = counted_all_reduce, counted_parallel
+    dist.all_reduce = counted_all_reduce
+    train_sgd.data_parallel = train_psgd.data_parallel = counted_parallel
     models.Subspace = counted_subspace
 
 

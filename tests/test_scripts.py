@@ -27,6 +27,7 @@ import checkpoint
 import cli
 import engine
 import models
+import network
 import report
 import train_pbfgs
 import train_psgd
@@ -390,19 +391,19 @@ def test_training_loss_is_reported_without_the_penalty(copy):
 
 def test_imagenet_has_30_trials(monkeypatch):
     """As published; seen where the optimizer is made, after a loading that is stubbed out."""
-    network = torch.nn.Linear(2, 2)
-    basis = basis.Basis(torch.eye(6)[:2], torch.ones(2), "")
-    for name, result in {"load_trajectory": [], "load_data": None, "make_model": network,
-                         "extract": basis}.items():  # fmt: skip
-        monkeypatch.setattr(utils, name, lambda *args, result=result: result)
+    linear = torch.nn.Linear(2, 2)
+    found = basis.Basis(torch.eye(6)[:2], torch.ones(2), "")
+    results = {"load_subspace_samples": [], "load_data": None, "build_model": linear}
+    for name, result in (results | {"load_start": None, "find_basis": found}).items():
+        monkeypatch.setattr(train_pbfgs, name, lambda *args, result=result: result)
 
     class StopError(Exception):
         pass
 
-    def stop(args, directory, data, model, state, basis):
-        raise StopError(state["optimizer"].defaults["max_trials"])
+    def stop(args, directory, data, model, optimizer, basis):
+        raise StopError(optimizer.defaults["max_trials"])
 
-    monkeypatch.setattr(utils, "start_run", stop)
+    monkeypatch.setattr(train_pbfgs, "Run", stop)
     for datasets, trials in (("ImageNet", "30"), ("CIFAR10", "20")):
         with pytest.raises(StopError, match=trials):
             train_pbfgs.main(["--datasets", datasets])
@@ -410,12 +411,11 @@ def test_imagenet_has_30_trials(monkeypatch):
 
 def test_networks_with_a_version_load(tmp_path):
     """torchvision's MNASNet refuses a plain state dict; ours are copied in."""
-    options = ["--datasets", "ImageFolder", "--arch", "mnasnet0_5"]
     file = tmp_path / "0.pt"
     torch.manual_seed(0)
     checkpoint.save(file, models.build("mnasnet0_5", 10).state_dict())
     model = models.build("mnasnet0_5", 10)
-    checkpoint.load_weights(cli.parse_args(train_sgd.get_options(), options), model, file)
+    network.load_weights(model, file, "mnasnet0_5")
     assert same(model.state_dict(), utils.load_state_dict(file))
 
 
