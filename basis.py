@@ -24,6 +24,7 @@ from utils import (
     load_samples,
     orthonormalize,
     pca,
+    sample_numbers,
     trainable,
 )
 
@@ -55,8 +56,8 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
             f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it"
         )
     check_config(args, args.save_dir / "config.json")
-    files = [args.save_dir / f"{number}.pt" for number in numbers]
-    if not same_everywhere(fingerprint([file for file in files if file.is_file()])):
+    there = [number for number in sample_numbers(args.save_dir) if number in numbers]
+    if not same_everywhere(fingerprint([args.save_dir / f"{number}.pt" for number in there])):
         raise InputError(
             f"--save-dir {args.save_dir}: not the same samples for all processes; "
             "allowed: a directory that all machines share"
@@ -150,7 +151,7 @@ def compute_basis(
         return basis.to(args.device), ratio.to(args.device)
     if args.basis == "random":
         if isinstance(k, float) or k > n:
-            raise ValueError(f"{k}: allowed: a whole number, at most the {n} parameters")
+            raise ValueError(f"{k}: allowed with --basis random: a whole number up to {n}")
         basis = random_basis(k, n, args.randomseed, dtype, device)
     else:
         basis = read_basis(Path(args.basis), n, dtype)

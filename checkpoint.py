@@ -207,11 +207,15 @@ def read_checkpoint(
         return None
     with blame("--resume"):
         checkpoint = read_tensors(file)
-        try:
+        with blame_checkpoint(file):
             check_checkpoint(args, checkpoint, model, source, file)
-        except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{file}: not a checkpoint.pt of these scripts") from error
     return file, checkpoint
+
+
+def blame_checkpoint(file: Path) -> contextlib.AbstractContextManager:
+    """Raise whatever a file of other contents leads to as an InputError that names it."""
+    kinds = (KeyError, TypeError, AttributeError, RuntimeError, IndexError)
+    return blame(f"--resume: {file}: not a checkpoint.pt of these scripts", kinds)
 
 
 def check_checkpoint(
@@ -229,7 +233,8 @@ def check_checkpoint(
     check_finite_values(checkpoint["states"]["model"], model, file)
     if source and checkpoint["basis"] != source:
         raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
-    sums = [progress.get("seconds", 0.0), *progress.get("totals", {}).values()]
+    sums = [progress.get(name, 0) for name in ("batches", "seconds")]
+    sums += progress.get("totals", {}).values()
     last = [row["epoch"] + row["test_acc"] for row in rows[-1:]]
     if not (rows or progress) or not all(map(math.isfinite, [*sums, *last])):
         raise ValueError(f"{file}: its rows or its progress are not those of a run")
@@ -264,16 +269,16 @@ def claim(args: argparse.Namespace, directory: Path, keep: bool) -> contextlib.E
     The files of an earlier run stay where they are to `keep`, else they are removed, which needs
     --overwrite. Raises InputError that says which process holds the directory, or what is in it.
     """
-    held = contextlib.ExitStack()
+    with blame("--save-dir"), contextlib.ExitStack() as stack:
 
-    def take() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(directory))
-        if not keep:
-            clear(args, directory)
+        def take() -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(directory))
+            if not keep:
+                clear(args, directory)
 
-    with blame("--save-dir"):
         on_rank0(take)
+        held = stack.pop_all()
     atexit.register(held.close)
     return held
 

@@ -21,6 +21,7 @@ from basis import Basis, computed_from, save_basis
 from checkpoint import (
     MIDWAY,
     RESUMED,
+    blame_checkpoint,
     claim,
     load_optimizer,
     read_checkpoint,
@@ -210,7 +211,7 @@ class Run:
     def restore(self, file: Path, checkpoint: dict) -> None:
         """Continue from a checkpoint that was read from `file`."""
         states, progress = checkpoint["states"], checkpoint["progress"]
-        with blame("--resume"):
+        with blame("--resume"), blame_checkpoint(file):
             copy_into(self.model, states["model"])
             for name, part in list(self.states.items())[1:]:
                 load_optimizer(part, states.get(name), file)

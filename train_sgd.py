@@ -64,10 +64,11 @@ def test_average(args: argparse.Namespace) -> dict:
     """Test the weight average of samples, and save it in the folder average/ of their directory."""
     if isinstance(args.resume, Path):
         raise InputError("--resume: not with --average and a PATH; allowed: without one")
+    numbers = range(*args.average)
+    if not numbers:
+        raise InputError(f"--average: {args.average}: allowed: START below END")
     with blame("--average"):
-        samples = load_trajectory(args, range(*args.average))
-        if not samples:
-            raise ValueError(f"{args.average}: allowed: START below END")
+        samples = load_trajectory(args, numbers)
     args.epochs = args.start_epoch = 0
     data = load_data(args)
     model = build_model(args, data)

@@ -89,12 +89,17 @@ def test_a_random_plane_is_orthonormal_seeded_and_apart_from_the_samples(copy):
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
-def test_a_saved_basis_is_taken_as_it_is(kind, copy, tmp_path):
+def test_a_saved_basis_is_taken_as_it_is_or_orthonormalized(kind, copy, tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, 75290)).astype(np.float32)
     file = tmp_path / f"mine.{kind}"
     np.save(file, rows) if kind == "npy" else np.savez(file, basis=rows)
     train_pbfgs.main([*SUBSPACE, "--basis", str(file), "--save-dir", str(copy)])
-    np.testing.assert_array_equal(basis_in(copy / "pbfgs_mine"), rows)
+    found = basis_in(copy / "pbfgs_mine")  # orthonormal, as the span of rows that were not
+    np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(rows @ found.T @ found, rows, atol=1e-4)
+    np.save(file, found) if kind == "npy" else np.savez(file, basis=found)
+    train_pbfgs.main([*SUBSPACE, "--basis", str(file), "--save-dir", str(copy), "--run", "again"])
+    np.testing.assert_array_equal(basis_in(copy / "again"), found)
 
 
 @pytest.mark.parametrize(

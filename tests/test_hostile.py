@@ -120,7 +120,7 @@ def test_code_is_refused_and_does_not_run(file, kind, run, rejected):
     """That it is code is shown by a loader that runs it."""
     CODE[kind](Path(file))
     line = rejected(*read_by(file))
-    assert f"{file}: not a whole file of tensors" in line
+    assert f"{file}: no tensors that can be read" in line
     assert not Path("ran").exists()
     with contextlib.suppress(RuntimeError):
         torch.load(file, weights_only=False)
@@ -251,7 +251,11 @@ def no_network(*args, **kwargs):
 
 # Weights
 
-STATE_DICT, FITS, WHOLE = "holds no state dict", "does not fit --arch resnet8", "not a whole file"
+STATE_DICT, FITS, WHOLE = (
+    "holds no state dict",
+    "does not fit --arch resnet8",
+    "no tensors that can be read",
+)
 # What is saved in the place of a state dict, and what the line says.
 WEIGHTS = {
     "nothing": (lambda state: None, STATE_DICT),
@@ -659,7 +663,6 @@ EDITED_CHECKPOINTS = [
     (["states", "optimizer", "state", 0], [[1]]),
     (["progress"], [None]),
     (["progress"], [{"batches": "3"}]),
-    (["progress"], [{"batches": 2.5}]),
     (["progress"], [{"batches": 2, "seconds": "long"}]),
     (["progress"], [{"batches": 2, "totals": {"loss": float("nan")}}]),
     (["rows"], [None]),
@@ -668,10 +671,6 @@ EDITED_CHECKPOINTS = [
     (["rows"], [["a", "b"]]),
     (["rows", -1, "epoch"], []),
     (["rows", -1, "epoch"], ["six"]),
-    (["rows", -1, "epoch"], [2.5]),
-    (["rows", -1, "epoch"], [-5]),
-    (["rows", 0, "test_acc"], []),
-    (["rows", 0, "test_acc"], ["good"]),
     (["arguments"], [None]),
     (["arguments"], [3]),
     (["arguments"], [{}]),
