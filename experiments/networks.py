@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/networks.py DIR
 
-DIR has the folders train/CLASS and test/CLASS. What is measured goes to experiments/networks.json; a
+DIR has the folders train/CLASS and test/CLASS. What is measured goes to networks.json beside it; a
 network that is there already is left as it is. The weights are not kept.
 """
 

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python experiments/tables.py
 
-A JSON file is the results.json that report.py left of the run.sh target that the file is named
+A JSON file is the results.json that report.py left of the experiment that the file is named
 after; networks.json is what networks.py left. A table stands between <!-- table NAME --> and
-<!-- end -->; NAME is main, published, networks, or a target.
+<!-- end -->; NAME is main, published, networks, or an experiment.
 """
 
 import json

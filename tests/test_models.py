@@ -184,7 +184,7 @@ def test_a_search_sees_one_draw(arch):
 
 
 def test_networks_go_through_the_chain_once(tmp_path, monkeypatch):
-    """Oracle: the trained images that experiments/networks.py was told; what is there is left alone."""
+    """Oracle: the trained images that networks.py was told; what is there is left alone."""
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / part / name).mkdir(parents=True)

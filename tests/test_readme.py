@@ -46,7 +46,7 @@ def test_bytes_a_step_are_those_of_the_networks():
 
 
 def test_tables_are_those_of_the_measured_numbers():
-    """Oracles: experiments/tables.py, which fills them in; and a column of them, from the JSON file."""
+    """Oracles: tables.py, which fills them in; and a column of them, from the JSON file."""
     for page in tables.PAGES:
         assert page.read_text() == tables.filled(page.read_text())
     lines = json.loads((tables.HERE / "digits-full.json").read_text())["lines"]
