@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Find or make a Python with what is required; run an experiment, the tests, the benchmarks or the linter.
+# Run an experiment, the tests, the benchmarks or the linter, in a Python with what they require.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -62,8 +62,8 @@ prepare() {
         python3 -m venv .venv
     fi
     echo "run.sh: installing what $* ask for into .venv (torch is large; this takes some minutes)"
-    "$python" -m pip --version &>/dev/null || "$python" -m ensurepip >/dev/null # uv makes a .venv without
-    # Older ones, as of Ubuntu 22.04, have no --dry-run.
+    # A .venv of uv's has no pip, and that of Ubuntu 22.04 no --dry-run.
+    "$python" -m pip --version &>/dev/null || "$python" -m ensurepip >/dev/null
     "$python" -m pip install --quiet --disable-pip-version-check 'pip>=22.2' "${requirements[@]}"
 }
 
@@ -93,7 +93,7 @@ lint)
     if [ -z "$target" ]; then
         cuda=$("$python" -c 'import torch; print(torch.cuda.is_available())')
         if [ "$cuda" = True ]; then target=cifar; else target=digits; fi
-        echo "run.sh: $target, as CUDA is $([ "$cuda" = True ] || echo "not ")available; others: ./run.sh --help"
+        echo "run.sh: CUDA available: $cuda, so this runs $target; others: ./run.sh --help"
     fi
     . experiments/common.sh
     . "experiments/$target.sh"

@@ -1,6 +1,6 @@
 # What the experiments share. An experiment lists its runs, and run.sh has them all run.
 
-runs=() save_dirs=() small= options=${options-}
+runs=() save_dirs=() small='' options=${options-}
 
 # Set $save_dir, with $1 at its end, and the options that all scripts take there.
 trajectory() {
@@ -50,15 +50,15 @@ tenth_settings() {
 # $2, once there is one: options that are refused leave nothing behind. On a terminal errors are only
 # seen there, as is the progress bar: each line takes its place.
 logged() {
-    local line unlogged=
+    local line unlogged='' clear=''
+    if [ -t 1 ] && [ -t 2 ]; then clear=$'\r\033[K'; fi
     {
         echo "$1 $python -u ${*:3}"
         if [ -t 2 ]; then "$python" -u "${@:3}"; else "$python" -u "${@:3}" 2>&1; fi
     } | {
         trap '' HUP INT TERM # the script ends in its own time, and its last line is to be seen
         while IFS= read -r line || [ -n "$line" ]; do
-            if [ -t 2 ]; then printf '\r\033[K' >&2; fi
-            printf '%s\n' "$line" 2>/dev/null || true # to a terminal that was closed
+            printf '%s\n' "$clear$line" 2>/dev/null || true # the terminal may have been closed
             unlogged+=$line$'\n'
             if [ -d "$2" ] && printf '%s' "$unlogged" 2>/dev/null >>"$2/log.txt"; then unlogged=; fi
         done
@@ -69,9 +69,10 @@ logged() {
 # changed since, show the report again.
 run_all() {
     local report=report/$1 number=0 commands newer command
+    local finished=$report/finished.txt
     commands=$(printf '%s\n' "${runs[@]}")
-    if [ "$(cat "$report/finished.txt" 2>/dev/null)" = "$commands" ] &&
-        newer=$(find "${save_dirs[@]}" -newer "$report/finished.txt" 2>/dev/null) && [ -z "$newer" ]; then
+    if [ "$(cat "$finished" 2>/dev/null)" = "$commands" ] &&
+        newer=$(find "${save_dirs[@]}" -newer "$finished" 2>/dev/null) && [ -z "$newer" ]; then
         echo "run.sh: all ${#runs[@]} runs of $1 are finished"
         cat "$report/log.txt"
         return
@@ -83,5 +84,5 @@ run_all() {
     mkdir -p "$report"
     rm -f "$report/log.txt"
     logged "[report]" "$report" report.py --out="$report" "${save_dirs[@]}"
-    echo "$commands" >"$report/finished.txt"
+    echo "$commands" >"$finished"
 }

@@ -7,7 +7,8 @@ for seed in $seeds; do
         chain
         if [ "$c" != 0 ] && [ "$c" != 0.4 ]; then continue; fi
         for k in 2 5 10 20 40; do
-            run train_psgd.py "${common[@]}" "${psgd[@]}" --params_end 41 --n_components $k --run psgd_k$k
+            dimensions=(--params_end 41 --n_components "$k" --run "psgd_k$k")
+            run train_psgd.py "${common[@]}" "${psgd[@]}" "${dimensions[@]}"
         done
     done
 done

@@ -329,14 +329,10 @@ def test_compile_is_refused_where_there_is_no_compiler(refused, tmp_path, monkey
 
 # (arguments of run.sh, its settings, what the line says)
 RUN_SH = [
-    ("cats", "", "run.sh: there is no target 'cats'; usage: ./run.sh [digits|cifar|digits-full"),
-    (
-        "--seed",
-        "",
-        "run.sh: there is no target '--seed'; usage: ./run.sh [digits|cifar|digits-full",
-    ),
-    ("digits cifar", "", "run.sh: usage: ./run.sh [digits|cifar|digits-full"),
-    ("cifar cifar", "c=2", "run.sh: usage: ./run.sh [digits|cifar|digits-full"),
+    ("cats", "", "run.sh: there is no experiment 'cats'; allowed: cifar, cifar-small, "),
+    ("--seed", "", "run.sh: there is no experiment '--seed'; allowed: cifar, cifar-small, "),
+    ("digits cifar", "", "run.sh: takes one experiment"),
+    ("cifar cifar", "c=2", "run.sh: takes one experiment"),
     ("digits", "c=2", "--corrupt: '2' is not a number from 0 to 1"),
     ("cifar", "seed=-1", "--randomseed: '-1' is not a whole number from 0"),
     ("digits", "model=resnet21", "--arch: there is no network 'resnet21'; did you mean"),
@@ -349,7 +345,8 @@ def started(tmp_path_factory):
     project = tmp_path_factory.mktemp("run_sh")
     for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
         shutil.copy(ROOT / name, project)
-    shutil.copytree(ROOT / "models", project / "models")
+    for name in ("models", "experiments"):
+        shutil.copytree(ROOT / name, project / name)
     kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
     kept |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
     before = files(project)
@@ -377,7 +374,7 @@ def test_run_sh_refuses(number, started):
         assert (len(lines), out) == (1, "")
     else:
         assert (len(lines), error) == (2, "")
-        assert lines[0].startswith("+ ")
+        assert lines[0].startswith("[1/")
     assert files(project) == before
 
 

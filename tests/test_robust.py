@@ -193,9 +193,10 @@ def test_a_signal_to_the_program(number, tmp_path):
 
 def test_the_chain_ends_with_its_script(tmp_path):
     """Ctrl-C goes to run.sh and all it started: the script's last line is seen, nothing follows."""
-    for name in ("run.sh", "requirements.txt", "train_sgd.py", "utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "models", tmp_path / "models")
+    for file in (ROOT / "run.sh", ROOT / "requirements.txt", *ROOT.glob("*.py")):
+        shutil.copy(file, tmp_path)
+    for name in ("models", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
         ["./run.sh", "digits"], cwd=tmp_path, env=environment, start_new_session=True,

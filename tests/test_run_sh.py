@@ -1,9 +1,15 @@
-"""run.sh, on a copy with stub scripts. Oracles: the published commands, exit codes, a real venv."""
+"""run.sh and experiments/*.sh, on a copy with stub scripts.
+
+Oracles: the published commands, exit codes, a real venv.
+"""
 
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -17,6 +23,7 @@ options = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 Path(options["--save-dir"]).mkdir(exist_ok=True)
 name = Path(sys.argv[0]).stem
 print(f"{name} by {sys.executable}")
+print("errors on a terminal:", sys.stderr.isatty(), file=sys.stderr)
 sys.exit(int(os.environ.get(name, 0)))
 """
 METADATA = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n"
@@ -24,8 +31,11 @@ METADATA = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n"
 
 @pytest.fixture
 def project(tmp_path):
-    """A directory with run.sh, stub scripts, and requirements of one package called tiny."""
+    """run.sh and the experiments, stub scripts, and requirements of one package called tiny."""
     shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    for file in ROOT.glob("experiments/*.sh"):
+        shutil.copy(file, tmp_path / "experiments")
     for name in ("train_sgd", "train_pbfgs", "train_psgd"):
         (tmp_path / f"{name}.py").write_text(STUB)
     (tmp_path / "report.py").write_text("import sys; print('report of', *sys.argv[1:])")
@@ -42,20 +52,30 @@ def tiny(tmp_path):
     return info.parent
 
 
-def run(project: Path, *arguments: str, **environment: object) -> subprocess.CompletedProcess:
-    """./run.sh with this interpreter as python3 and the settings given."""
+def settings(environment: dict[str, object]) -> dict[str, str]:
+    """The environment of ./run.sh with this interpreter as python3."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
     kept["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    kept |= {name: str(value) for name, value in environment.items()}
+    return kept | {name: str(value) for name, value in environment.items()}
+
+
+def run(project: Path, *arguments: str, **environment: object) -> subprocess.CompletedProcess:
+    """./run.sh with the settings given."""
     command = ["bash", project / "run.sh", *arguments]
-    return subprocess.run(command, env=kept, capture_output=True, text=True)
+    return subprocess.run(command, env=settings(environment), capture_output=True, text=True)
 
 
 def commands(output: str) -> list[list[str]]:
     """The echoed commands, each sorted: the order of options is free."""
-    lines = [line.split(" -u ")[1].split() for line in output.splitlines() if line[:2] == "+ "]
-    lines = [line for line in lines if line[0] != "report.py"]
-    return [[line[0], *sorted(" ".join(line[1:]).replace("=", " ").split(" --"))] for line in lines]
+    lines = re.findall(r"^\[\d+/\d+\] \S+ -u (\S+) (.*)$", output, re.MULTILINE)
+    return [[name, *sorted(options.replace("=", " ").split(" --"))] for name, options in lines]
+
+
+def reported(output: str) -> list[str]:
+    """The save dirs of the report, which is the last line."""
+    report, of, _, *save_dirs = output.splitlines()[-1].split()
+    assert (report, of) == ("report", "of")
+    return save_dirs
 
 
 def check_baselines(psgd: list[str], baselines: list[list[str]], averaged: str) -> None:
@@ -72,9 +92,9 @@ def test_cifar_is_the_published_experiment_with_baselines(project, tiny):
     same = f"--datasets CIFAR10 --corrupt 0.2 --arch resnet20 {ours}"
     subspace = "--params_start 0 --params_end 81 --n_components 40"
     published = f"""
-+ python -u train_sgd.py {same} --lr 0.1 --epochs 150
-+ python -u train_pbfgs.py {same} --epochs 20 {subspace} --batch-size 1024
-+ python -u train_psgd.py {same} --epochs 40 --lr 1 {subspace} --batch-size 128
+[1/3] python -u train_sgd.py {same} --lr 0.1 --epochs 150
+[2/3] python -u train_pbfgs.py {same} --epochs 20 {subspace} --batch-size 1024
+[3/3] python -u train_psgd.py {same} --epochs 40 --lr 1 {subspace} --batch-size 128
 """
 
     def normal(lines):
@@ -85,9 +105,9 @@ def test_cifar_is_the_published_experiment_with_baselines(project, tiny):
     lines = commands(done.stdout)
     assert normal(lines[:3]) == normal(commands(published))
     check_baselines(lines[2], lines[3:], "41 81")
-    assert done.stdout.endswith("report of save_labelnoise0.2_resnet20\n")
-    log = (project / "save_labelnoise0.2_resnet20" / "log.txt").read_text()
-    assert log == done.stdout
+    assert done.stdout.endswith("report of --out=report/cifar save_labelnoise0.2_resnet20\n")
+    logs = [project / name / "log.txt" for name in (*reported(done.stdout), "report/cifar")]
+    assert "".join(log.read_text() for log in logs) == done.stdout
 
 
 def test_settings_are_the_published_variables(project, tiny):
@@ -111,8 +131,8 @@ def test_digits_runs_clean_and_noisy_labels(project, tiny):
     baselines = ["train_psgd.py", "train_sgd.py"]
     assert [command[0] for command in lines] == (chain + baselines) * 2
     check_baselines(lines[2], lines[3:5], "16 31")
-    reported = done.stdout.splitlines()[-1].split()[2:]
-    assert [name.split("_")[1] for name in reported] == ["labelnoise0", "labelnoise0.4"]
+    noises = [name.split("_")[1] for name in reported(done.stdout)]
+    assert noises == ["labelnoise0", "labelnoise0.4"]
 
 
 def test_digits_full_runs_five_noise_levels_over_five_seeds_and_a_curve_over_k(project, tiny):
@@ -120,9 +140,9 @@ def test_digits_full_runs_five_noise_levels_over_five_seeds_and_a_curve_over_k(p
     lines = [" ".join(command) for command in commands(done.stdout)]
     assert len(lines) == 4 * 5 + 2 * 5, "the curve is for c = 0.4 alone"
     assert sum("run psgd_k40" in line and "n_components 40" in line for line in lines) == 2
-    assert len(done.stdout.splitlines()[-1].split()[2:]) == 4
+    assert len(reported(done.stdout)) == 4
     done = run(project, "digits-full", PYTHONPATH=tiny)
-    assert len(done.stdout.splitlines()[-1].split()[2:]) == 25
+    assert len(reported(done.stdout)) == 25
 
 
 def test_cifar_small_takes_its_images_from_anywhere(project, tiny):
@@ -195,12 +215,12 @@ def test_cost_samples_less_and_less(project, tiny):
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_without_a_target_it_says_which_it_takes(cuda, project, tiny):
+def test_without_an_experiment_it_says_which_it_takes(cuda, project, tiny):
     (tiny / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {cuda}")
     done = run(project, PYTHONPATH=tiny)
     first = done.stdout.splitlines()[0]
     assert ("runs cifar" if cuda else "runs digits") in first
-    assert "./run.sh [digits|cifar|digits-full" in first
+    assert "./run.sh --help" in first
     assert ("CIFAR10" in done.stdout) == cuda
 
 
@@ -211,13 +231,92 @@ def test_a_failing_step_stops_the_chain_with_its_code(project, tiny):
     assert "report of" not in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["cats"], ["digits", "cats"], ["--help"]])
-def test_another_target_is_refused(arguments, project, tiny):
-    done = run(project, *arguments, PYTHONPATH=tiny)
-    assert done.returncode == 2
+@pytest.mark.parametrize("name", ["cats", "--seed", "common", "../run", "cifar cost"])
+def test_another_experiment_is_refused(name, project, tiny):
+    done = run(project, name, PYTHONPATH=tiny)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert f"there is no experiment '{name}'" in line
+    assert "allowed: cifar, cifar-small, cost, digits, " in line
+
+
+def test_two_experiments_are_refused(project, tiny):
+    done = run(project, "digits", "cifar", PYTHONPATH=tiny)
+    assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
-    assert "./run.sh [digits|cifar|digits-full" in done.stderr
-    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_tells_every_experiment_setting_and_command(option, project):
+    """Oracles: the files, and the names they read; what is asked for is not installed for that."""
+    done = run(project, option)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (project / ".venv").exists()
+    files = [file for file in project.glob("experiments/*.sh") if file.stem != "common"]
+    assert len(files) == 8
+    for file in files:
+        about = file.read_text().splitlines()[0].removeprefix("# ")
+        assert re.search(rf"^  {file.stem} +{re.escape(about)}$", done.stdout, re.MULTILINE)
+    texts = "".join(file.read_text() for file in project.glob("experiments/*.sh"))
+    for setting in set(re.findall(r"\$\{([a-z_]+):?[-+]", texts)) - {"small"}:
+        assert re.search(rf"^  {setting} ", done.stdout, re.MULTILINE), setting
+    for command in ("test", "bench", "lint"):
+        assert command in done.stdout.split("experiments")[0]
+
+
+def test_a_new_experiment_is_a_new_file(project, tiny):
+    """Oracle: the settings in the file, and as many runs as it lists."""
+    (project / "experiments" / "mine.sh").write_text("""# my data, two learning rates
+datasets=ImageFolder
+for seed in 1 2; do
+    c=0 && trajectory
+    for lr in 0.1 0.01; do run train_sgd.py "${common[@]}" --lr $lr --run "it's $lr"; done
+done
+""")
+    assert "  mine               my data, two learning rates\n" in run(project, "--help").stdout
+    done = run(project, "mine", PYTHONPATH=tiny, data_dir="/my data")
+    lines = [line for line in done.stdout.splitlines() if line[0] == "["]
+    assert [line.split()[0] for line in lines] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]", "[report]"]
+    assert "--data-dir=/my data --lr 0.01 --run it's 0.01" in lines[1]
+    assert len(reported(done.stdout)) == 2
+
+
+def test_a_finished_experiment_says_so(project, tiny):
+    """Oracle: no script starts, and the report is shown, until something has changed."""
+    first = run(project, "digits", PYTHONPATH=tiny)
+    again = run(project, "digits", PYTHONPATH=tiny)
+    assert (again.returncode, commands(again.stdout)) == (0, [])
+    assert again.stdout.splitlines()[0] == "run.sh: all 10 runs of digits are finished"
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+    (project / reported(first.stdout)[0] / "model.th").write_text("another")
+    assert len(commands(run(project, "digits", PYTHONPATH=tiny).stdout)) == 10
+    assert commands(run(project, "digits", PYTHONPATH=tiny).stdout) == []
+    shutil.rmtree(project / reported(first.stdout)[1])
+    assert len(commands(run(project, "digits", PYTHONPATH=tiny).stdout)) == 10
+    assert len(commands(run(project, "digits", c=0.4, PYTHONPATH=tiny).stdout)) == 5
+    assert run(project, "digits", train_pbfgs=7, options="--lr 1", PYTHONPATH=tiny).returncode == 7
+    assert len(commands(run(project, "digits", options="--lr 1", PYTHONPATH=tiny).stdout)) == 10
+
+
+def test_errors_and_bars_are_on_the_terminal(project, tiny):
+    """Oracle: what the stub says of its stderr; without a terminal it is in the log."""
+    done = run(project, "digits", c=0, PYTHONPATH=tiny)
+    assert "errors on a terminal: False\n" in done.stdout
+    log = project / reported(done.stdout)[0] / "log.txt"
+    assert "errors on a terminal: False\n" in log.read_text()
+    ours, its = pty.openpty()
+    command = ["bash", project / "run.sh", "digits"]
+    environment = settings({"c": 0, "seed": 2, "PYTHONPATH": tiny})
+    subprocess.run(command, env=environment, stdout=its, stderr=its, check=True)
+    os.close(its)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert shown.count("errors on a terminal: True\r\n") == 5
+    assert "\r\x1b[K[1/5] " in shown, "a line takes the place of the bar"
+    log = project / "save_labelnoise0_resnet20_digits_seed2" / "log.txt"
+    assert "\x1b" not in log.read_text()
+    assert "train_sgd by" in log.read_text()
 
 
 @pytest.mark.parametrize("floor", ["1.2", "1.5.0"])
@@ -228,27 +327,41 @@ def test_a_current_interpreter_that_has_all_is_used(floor, project, tiny):
     assert not (project / ".venv").exists()
 
 
-def test_a_fresh_machine_gets_a_venv_with_what_is_needed(project, tiny):
-    """tiny 1.5 is on PYTHONPATH, 1.6 is asked for: it is installed, from a wheel beside."""
+@pytest.mark.parametrize("there", [None, "a .venv as uv makes it"])
+def test_a_fresh_machine_gets_a_venv_with_what_is_needed(there, project):
+    """tiny is not installed, only to be had from a wheel that pip's settings tell of."""
+    if there:
+        venv.create(project / ".venv", with_pip=False)
     with zipfile.ZipFile(project / "tiny-1.6-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny-1.6.dist-info/METADATA", METADATA.replace("1.5", "1.6"))
         tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         wheel.writestr("tiny-1.6.dist-info/WHEEL", tags)
         wheel.writestr("tiny-1.6.dist-info/RECORD", "")
     (project / "requirements.txt").write_text("tiny>=1.6\n")
-    offline = {"PIP_NO_INDEX": 1, "PIP_FIND_LINKS": project, "PIP_CONFIG_FILE": os.devnull}
-    for _ in range(2):
-        done = run(project, "digits", **offline)
+    (project / "pip.conf").write_text(f"[global]\nfind-links = {project}\n")
+    offline = {"PIP_NO_INDEX": 1, "PIP_CONFIG_FILE": project / "pip.conf"}
+    for installs, c in ((True, 0), (False, 0.4)):
+        done = run(project, "digits", c=c, **offline)
         assert done.returncode == 0, done.stderr
-        assert "train_sgd by" in done.stdout
-        assert f"{project}/.venv/bin/python" in done.stdout
-        installing = "installing" in done.stdout
-        assert installing == (_ == 0), "the second time it is there"
+        assert f"train_sgd by {project}/.venv/bin/python" in done.stdout
+        assert ("installing" in done.stdout) == installs, "the second time it is there"
 
 
-def test_a_requirement_that_cannot_be_had_stops_it(project):
+def test_an_old_python_is_named(project):
+    """Oracle: a made-up python3 that says it is 3.9."""
+    for name in ("python3", "python"):
+        (project / name).write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.9.1\n")
+        (project / name).chmod(0o755)
+    done = run(project, "digits", PATH=f"{project}:/usr/bin:/bin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "run.sh: needs Python 3.10 or newer; python3 is Python 3.9.1\n"
+
+
+def test_a_requirement_that_cannot_be_had_stops_it(project, tiny):
+    """tiny 1.5 is installed, and a newer one is asked for."""
+    (project / "requirements.txt").write_text("tiny>=1.10\n")
     offline = {"PIP_NO_INDEX": 1, "PIP_CONFIG_FILE": os.devnull}
-    done = run(project, "digits", **offline)
+    done = run(project, "digits", PYTHONPATH=tiny, **offline)
     assert done.returncode != 0
     assert "tiny" in done.stderr
     assert "train_sgd" not in done.stdout
