@@ -13,6 +13,7 @@ import torch
 from conftest import DIGITS
 from PIL import Image
 
+import models
 import report
 import train_pbfgs
 import train_psgd
@@ -42,6 +43,7 @@ BAD_VALUES = [
     ((SGD,), "--smalldatasets 1e-9", "--smalldatasets 1e-09: keeps none of 1437 images"),
     (ALL, "--epochs 0", "--epochs: '0' is not a whole number from 1"),
     (ALL, "--epochs 2.5", "--epochs: '2.5' is not a whole number from 1"),
+    (ALL, "--test-batch-size 0", "--test-batch-size: '0' is not a whole number from 1"),
     (ALL, "--batch-size 0", "--batch-size: '0' is not a whole number from 1"),
     (ALL, "--start-epoch -1", "--start-epoch: '-1' is not a whole number from 0"),
     (ALL, "--epochs 3 --start-epoch 3", "--epochs 3: allowed: above --start-epoch 3"),
@@ -431,16 +433,16 @@ def broken(name: str, file: Path) -> None:
     elif name == "number":
         torch.save(3, file)
     elif name == "arch":
-        network = train_sgd.models.build("resnet20", 10).state_dict()
+        network = models.build("resnet20", 10).state_dict()
         states = {"model": network}
         torch.save(content | {"state_dict": network, "states": states, **network}, file)
 
 
 BROKEN = {
-    "truncated": "not a whole file of tensors",
-    "empty": "not a whole file of tensors",
-    "text": "not a whole file of tensors",
-    "code": "not a whole file of tensors",
+    "truncated": "no tensors that can be read",
+    "empty": "no tensors that can be read",
+    "text": "no tensors that can be read",
+    "code": "no tensors that can be read",
     "number": "",
     "arch": "does not fit --arch resnet8",
 }
@@ -627,5 +629,5 @@ def test_help_tells_every_default(script, capsys):
     for action in script.get_options()._actions[1:]:
         assert action.help
         if action.nargs != 0 and action.default is not None:
-            assert "(default:" in action.help
+            assert f"(default: {action.default})" in text
     assert "(default: 128)" in text
