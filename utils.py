@@ -645,7 +645,7 @@ def check_basis_memory(k: int, n: int, dtype: torch.dtype, device: str) -> None:
     """ValueError for a basis (k, n) that is larger than the memory there is."""
     row = n * dtype.itemsize
     what = f"{k} directions of {n:,} parameters in {dtype}"
-    check_memory(k * row, what, device, f"{free_memory(device) / row:.0f} directions")
+    check_memory(k * row, what, device, f"{free_memory(device) // row:.0f} directions")
 
 
 @torch.no_grad()
