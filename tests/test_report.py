@@ -19,6 +19,7 @@ from PIL import Image
 import analysis
 import engine
 import models
+import network
 import plots
 import report
 import results
@@ -135,7 +136,7 @@ def test_cost_is_what_it_takes_to_be_as_good_as_sgd_at_its_end(made):
 def test_accuracy_on_correct_and_wrong_labels(runs, tmp_path, undrawn):
     """Oracle: a network that always answers 3 is right on just the images labelled 3."""
     shutil.copytree(runs / "noisy", tmp_path / "run")
-    state = utils.read(tmp_path / "run" / "model.th")
+    state = utils.read_tensors(tmp_path / "run" / "model.th")
     for name in ("linear.weight", "linear.bias"):
         state["state_dict"][name].zero_()
     state["state_dict"]["linear.bias"][3] = 1
@@ -181,7 +182,7 @@ def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     samples = utils.load_samples(runs / "one", 0, 3)
     model = models.build("resnet8", 10)
     basis, _ = utils.pca(samples, 2)
-    utils.load_into(model, utils.mean_of(samples))
+    network.copy_into(model, utils.average(samples))
     plane = models.Subspace(model, basis)
     vectors = [
         torch.cat([s[name].flatten() for name, _ in model.named_parameters()]) for s in samples
@@ -192,7 +193,7 @@ def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     batch, labels = next(images.epoch())
     for sample, loss in zip(samples, found, strict=True):
         network = models.build("resnet8", 10)
-        utils.load_into(network, sample)
+        network.copy_into(network, sample)
         exact = torch.nn.functional.cross_entropy(network.train()(batch), labels)
         assert exact.item() == pytest.approx(loss, rel=1e-4)
 
@@ -223,7 +224,7 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
     middle = torch.stack([vector(sample) for sample in samples]).mean(0)
     average = ("weight average (samples 3–6)", "average")
     for method, folder in (("SGD", "."), ("P-SGD", "psgd"), ("P-BFGS", "pbfgs"), average):
-        end = utils.state_dict_in(runs / "one" / folder / "model.th")
+        end = utils.load_state_dict(runs / "one" / folder / "model.th")
         place = basis @ (vector(end) - middle)
         np.testing.assert_allclose(paths[method][-1], place, rtol=1e-3, atol=1e-3)
     assert len(paths["P-SGD"]) == 3, "the start and two epochs"
