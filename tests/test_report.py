@@ -17,9 +17,9 @@ from conftest import DIGITS
 from PIL import Image
 
 import analysis
+import cli
 import engine
 import models
-import network
 import plots
 import report
 import results
@@ -27,6 +27,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from network import copy_into
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "4", "--epochs", "2"]
 
@@ -143,7 +144,7 @@ def test_accuracy_on_correct_and_wrong_labels(runs, tmp_path, undrawn):
     torch.save(state, tmp_path / "run" / "model.th")
     table = report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     row = row_of(table, "SGD", 0.4)
-    arguments = train_sgd.options().parse_args([*DIGITS])
+    arguments = train_sgd.get_options().parse_args([*DIGITS])
     true = utils.read_digits(arguments, True).labels
     given = utils.corrupt_labels(true, 0.4, 10, 1)
     shares = [(given[part] == 3).double().mean() for part in (true == true, given == true)]
@@ -177,12 +178,12 @@ def test_what_is_not_finished_says_so(runs, warned, tmp_path):
 
 def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     """Oracle: the plane of two components of three samples holds the samples themselves."""
-    args = utils.parse(train_sgd.options(), DIGITS)
+    args = cli.parse_args(train_sgd.get_options(), DIGITS)
     images = utils.load_data(args).test
     samples = utils.load_samples(runs / "one", 0, 3)
     model = models.build("resnet8", 10)
     basis, _ = utils.pca(samples, 2)
-    network.copy_into(model, utils.average(samples))
+    copy_into(model, utils.average(samples))
     plane = models.Subspace(model, basis)
     vectors = [
         torch.cat([s[name].flatten() for name, _ in model.named_parameters()]) for s in samples
@@ -193,7 +194,7 @@ def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     batch, labels = next(images.epoch())
     for sample, loss in zip(samples, found, strict=True):
         network = models.build("resnet8", 10)
-        network.copy_into(network, sample)
+        copy_into(network, sample)
         exact = torch.nn.functional.cross_entropy(network.train()(batch), labels)
         assert exact.item() == pytest.approx(loss, rel=1e-4)
 
@@ -257,7 +258,7 @@ def test_the_landscape_has_one_host_sync(runs, monkeypatch):
         return loss.as_subclass(Unread), output
 
     stack = torch.stack
-    monkeypatch.setattr(utils, "cross_entropy", unread)
+    monkeypatch.setattr(analysis, "cross_entropy", unread)
     monkeypatch.setattr(torch, "stack", lambda losses: stack(losses).as_subclass(torch.Tensor))
     with torch.no_grad():
         assert analysis.loss_on(model, probe.train, np.zeros((3, 2))).shape == (3,)
@@ -555,7 +556,7 @@ def test_a_report_without_images_and_samples(runs, tmp_path, undrawn):
 
 def test_the_device_is_asked_for(refused, monkeypatch, runs):
     """Oracle: a made-up accelerator."""
-    assert "torch sees no 'xpu' here; allowed: auto, cpu" in refused(
+    assert "torch sees no such device here; allowed: auto, cpu" in refused(
         report.main, ["--device", "xpu", runs / "one"]
     )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
