@@ -24,7 +24,7 @@ options = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 Path(options["--save-dir"]).mkdir(exist_ok=True)
 name = Path(sys.argv[0]).stem
 print(f"{name} by {sys.executable}")
-print("errors on a terminal:", sys.stderr.isatty(), file=sys.stderr)
+sys.stderr.write(f"errors on a terminal: {sys.stderr.isatty()}\\n")
 sys.exit(int(os.environ.get(name, 0)))
 """
 METADATA = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n"
