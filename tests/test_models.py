@@ -174,10 +174,12 @@ def test_a_search_sees_one_draw(arch):
             return 0
 
     args = train_pbfgs.get_options().parse_args(["--batch-size", "8"])
-    step = train_pbfgs.make_step(args, subspace, Looking([subspace.coordinates]), None)
+    optimizer = Looking([subspace.coordinates])
     for _ in range(2):
         torch.manual_seed(len(found))  # as the epoch loop does before each batch
-        step(images, labels)
+        batch = train_pbfgs.Batch(args, subspace, images, labels, 1.0)
+        _, _, start = batch.backward()
+        optimizer.step(batch.evaluate, start)
     for losses in found:
         assert len(set(losses)) == 1
     assert found[0][0] != pytest.approx(found[1][0], rel=1e-3)

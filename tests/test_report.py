@@ -367,9 +367,10 @@ def test_a_browser_shows_it(width, dark, made, tmp_path):
 
 
 def edit(config, **values):
-    """Change a config.json and its arguments where they have these keys."""
+    """Change a config.json of one session, and its arguments, where they have these keys."""
     content = json.loads(config.read_text())
-    for part in (content, content["arguments"]):
+    (session,) = content["sessions"]
+    for part in (content, content["arguments"], session, session["arguments"]):
         part.update({name: value for name, value in values.items() if name in part})
     config.write_text(json.dumps(content))
 
@@ -561,8 +562,8 @@ def test_the_device_is_asked_for(refused, monkeypatch, runs):
     )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
-    chosen = {name: report.device(name) for name in ("auto", "cpu", "xpu", "xpu:1")}
-    assert chosen == {"auto": "xpu", "cpu": "cpu", "xpu": "xpu", "xpu:1": "xpu:1"}
+    chosen = {name: cli.pick_device(name) for name in ("auto", "cpu", "xpu")}
+    assert chosen == {"auto": "xpu", "cpu": "cpu", "xpu": "xpu"}
     assert "allowed: auto, cpu, xpu" in refused(report.main, ["--device", "cuda", runs / "one"])
 
 

@@ -196,7 +196,7 @@ def test_with_batchnorm_the_statistics_are_shared(tmp_path):
         rows = torch.load(tmp_path / "run" / name / "checkpoint.pt", weights_only=True)["rows"]
         assert rows[-1]["test_acc"] > 15
     args = cli.parse_args(train_sgd.get_options(), [*DIGITS, "--save-dir", str(tmp_path / "run")])
-    row = engine.evaluate_only(args, models.build, tmp_path / "run")
+    row = engine.evaluate_only(args, tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["rows"][-1]
     assert row["test_acc"] == pytest.approx(saved["test_acc"], abs=1e-3), "all tested the same"
 
@@ -254,7 +254,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     wait_for(tmp_path / "run" / "1.pt", process)
     process.terminate()
     output, _ = process.communicate(timeout=60)
-    assert "stopped by SIGTERM; the same command with --resume goes on" in output
+    assert "stopped by SIGTERM; the same command with --resume continues" in output
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert len(saved["rows"]) < 8
     process = torchrun(*command)

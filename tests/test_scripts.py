@@ -245,7 +245,7 @@ def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch):
         seen.update(vars(args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, "load_data", stop)
+    monkeypatch.setattr(train_sgd, "load_data", stop)
     with pytest.raises(KeyboardInterrupt):
         train_sgd.main(["--optimizer", optimizer, "--datasets", datasets])
     assert seen["lr"] == lr
@@ -309,7 +309,7 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refus
     first = utils.load_state_dict(tmp_path / "0.pt")
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
-    assert "left as initialised: fc.bias, fc.weight" in capsys.readouterr().out
+    assert "left as initialized: fc.bias, fc.weight" in capsys.readouterr().out
     line = refused(train_sgd.main, [*options, "resnet18"])
     assert "--pretrained: torchvision's weights are for resnet18 as it is there; name" in line
 
@@ -332,7 +332,7 @@ def test_half_computes_in_bfloat16_and_keeps_float32(batch):
 def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
     """Both losses of the Armijo condition equal those of the network run in float32."""
     model = models.build("resnet8", 10)
-    checkpoint.copy_into(model, utils.load_state_dict(sampled / "6.pt"))
+    network.copy_into(model, utils.load_state_dict(sampled / "6.pt"))
     subspace = models.Subspace(model, torch.nn.functional.normalize(torch.randn(1, 75290)))
     args = train_pbfgs.argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
@@ -343,10 +343,11 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
             compared.extend([loss, evaluate()])
             return super().step(evaluate, loss)
 
-    step = train_pbfgs.make_step(args, subspace.train(), Spy([subspace.coordinates]), None)
+    batch = train_pbfgs.Batch(args, subspace.train(), images, labels, 1.0)
     with train_pbfgs.frozen_buffers(model), torch.no_grad():
         full, _ = engine.cross_entropy(subspace, images, labels, half=False)
-    step(images, labels)
+    _, _, start = batch.backward()
+    Spy([subspace.coordinates]).step(batch.evaluate, start)
     assert compared == [full, full]
 
 
