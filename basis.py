@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import check_config, fingerprint, sample_range, save
-from distributed import all_reduce, on_rank0, print0, same_everywhere
+from distributed import all_reduce, on_rank0, print0, same_everywhere, world_size
 from errors import InputError, blame
 from network import check_fits, copy_into, load_weights
 from utils import (
@@ -56,12 +56,13 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
             f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it"
         )
     check_config(args, args.save_dir / "config.json")
-    there = [number for number in sample_numbers(args.save_dir) if number in numbers]
-    if not same_everywhere(fingerprint([args.save_dir / f"{number}.pt" for number in there])):
-        raise InputError(
-            f"--save-dir {args.save_dir}: not the same samples for all processes; "
-            "allowed: a directory that all machines share"
-        )
+    if world_size() > 1:
+        there = [number for number in sample_numbers(args.save_dir) if number in numbers]
+        if not same_everywhere(fingerprint([args.save_dir / f"{number}.pt" for number in there])):
+            raise InputError(
+                f"--save-dir {args.save_dir}: not the same samples for all processes; "
+                "allowed: a directory that all machines share"
+            )
     return load_samples(args.save_dir, numbers.start, numbers.stop, numbers.step)
 
 
@@ -75,12 +76,6 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
         return load_trajectory(args, sample_range(vars(args)))
 
 
-def load_average(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
-    """Put `model` at the mean of the samples."""
-    check_samples(args, samples, model)
-    copy_into(model, average(samples))
-
-
 def check_samples(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
     """InputError that names a sample that does not fit --arch."""
     with blame():
@@ -91,10 +86,12 @@ def check_samples(args: argparse.Namespace, samples: Sequence[Sample], model: nn
 def load_start(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
     """Put `model` where training in the subspace starts.
 
-    That is --start, else the first sample unless --pretrained named other weights.
+    That is --start, else the first sample unless --pretrained named other weights. InputError for
+    samples that are not of such a model.
     """
+    check_samples(args, samples, model)
     if args.start == "mean":
-        load_average(args, samples, model)
+        copy_into(model, average(samples))
     elif args.start is not None or not args.pretrained:
         start = args.params_start if args.start is None else args.start
         with blame("--start" if args.start is not None else ""):
@@ -103,7 +100,6 @@ def load_start(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Mo
 
 def find_basis(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> Basis:
     """The basis of --basis, from an earlier run's basis.npz if one has the same, else computed."""
-    check_samples(args, samples, model)
     parameters = trainable(model)
     names, n = list(parameters), sum(p.numel() for p in parameters.values())
     files = [sample.file for sample in samples] if args.basis in BASES else [Path(args.basis)]

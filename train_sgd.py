@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from basis import load_average, load_trajectory
+from basis import check_samples, load_trajectory
 from checkpoint import check_disk, save
 from cli import Parser, add_schedule_options, entry_point, get_parser, natural, parse_args, positive
 from distributed import average_buffers, data_parallel, print0
 from engine import Run, cross_entropy, evaluate, evaluate_only, recompute_statistics, set_lr
 from errors import InputError, blame
-from network import build_model
-from utils import batch_sizes, load_data
+from network import build_model, copy_into
+from utils import average, batch_sizes, load_data
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001}
 # Epochs after which the learning rate drops to a tenth.
@@ -72,7 +72,8 @@ def test_average(args: argparse.Namespace) -> dict:
     args.epochs = args.start_epoch = 0
     data = load_data(args)
     model = build_model(args, data)
-    load_average(args, samples, model)
+    check_samples(args, samples, model)
+    copy_into(model, average(samples))
     with Run(args, args.save_dir / "average", data, model) as run:
         if not run.rows:
             began = time.perf_counter()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 
 from distributed import (
+    RUNNING_STATISTICS,
     all_reduce,
     broadcast,
     in_turn,
@@ -40,9 +41,7 @@ from errors import InputError, blame
 # -------------------------------------------------------------------------------------- data
 
 IN_MEMORY_PIXELS = 64  # image files up to this side are decoded once and kept, above streamed
-TEST_BATCH = (
-    500  # images a test batch up to IN_MEMORY_PIXELS, in proportion to the area fewer above
-)
+TEST_BATCH = 500  # images up to IN_MEMORY_PIXELS, above fewer in proportion to the area
 
 
 class Split(NamedTuple):
@@ -464,7 +463,7 @@ def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
 # ------------------------------------------------------------------- the samples and their PCA
 
 BLOCK = 2**24  # numbers of all samples together that PCA holds in float64 at a time
-BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+BATCHNORM_STATISTICS = (*RUNNING_STATISTICS, "num_batches_tracked")
 
 
 class Sample(dict):
