@@ -1,11 +1,16 @@
 """What several test files need: small runs of the real scripts."""
 
+import os
 import shutil
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import multiprocessing
 
 import train_pbfgs
 import train_psgd
@@ -18,6 +23,25 @@ SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 torch.set_num_threads(2)
 
 DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
+
+
+def in_processes(processes: int, work: Callable, *arguments: Any) -> None:
+    """Call work(rank, *arguments) in so many processes, set up as torchrun does on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(one_process, (processes, port, work, arguments), processes)
+
+
+def one_process(number: int, processes: int, port: int, work: Callable, arguments: tuple) -> None:
+    """What each process of `in_processes` runs."""
+    os.environ |= {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    work(number, *arguments)
 
 
 def pytest_addoption(parser):

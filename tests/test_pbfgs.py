@@ -149,6 +149,27 @@ def test_trials_leave_the_running_statistics_alone(tiny, batch):
     assert tiny[1].num_batches_tracked == before["1.num_batches_tracked"] + 1
 
 
+def test_trials_leave_every_other_buffer_as_one_pass_does(batch):
+    """Not only BatchNorm has buffers: InstanceNorm's statistics, spectral norm's vectors."""
+    images, _ = batch
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(144, 10),
+    ).double()
+    oracle = copy.deepcopy(model)
+    for network, trials in ((model, 3), (oracle, 0)):
+        network.train()(images)
+        with frozen_buffers(network):
+            for _ in range(trials):
+                network(images)
+    assert len(list(model.buffers())) == 5
+    for buffer, expected in zip(model.buffers(), oracle.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+
+
 def test_accumulated_batches_make_one_step(batch, orthonormal):
     """Without BatchNorm, two batches of 8 are the batch of 16: gradient, trials and result."""
     images, labels = batch

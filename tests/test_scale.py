@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DIGITS
-from torch import multiprocessing, nn
+from conftest import DIGITS, in_processes
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import cli
@@ -87,14 +86,8 @@ def counting(sent: list, kept: list) -> None:
     models.Subspace = counted_subspace
 
 
-def work(number: int, processes: int, port: int, directory: str, network: bool) -> None:
-    """One of several processes, as torchrun starts them: all the commands."""
-    os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def work(number: int, directory: str, network: bool) -> None:
+    """One of several processes: all the commands."""
     if network:
         models.build = plain_network
     sent: list = []
@@ -114,12 +107,8 @@ def work(number: int, processes: int, port: int, directory: str, network: bool) 
 
 def run(directory, processes: int, network: bool = True):
     """The save dir after all commands in so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     directory.mkdir()
-    arguments = (processes, port, str(directory), network)
-    multiprocessing.spawn(work, arguments, processes)
+    in_processes(processes, work, str(directory), network)
     return directory
 
 

@@ -21,6 +21,7 @@ import torch
 from conftest import DIGITS
 from sklearn.decomposition import PCA
 from sklearn.metrics import top_k_accuracy_score
+from torch import nn
 
 import basis
 import checkpoint
@@ -512,6 +513,30 @@ def test_a_bfloat16_basis_trains(script, copy):
     if script is train_pbfgs:
         options += ["--alpha", "0.01"]
     assert script.main([*SUBSPACE, *options])["test_acc"] > 50
+
+
+class Short(nn.Module):
+    """A linear network whose parameters are bfloat16."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.layer = nn.Linear(192, classes).bfloat16()
+
+    def forward(self, images):
+        return self.layer(images.flatten(1).bfloat16()).float()
+
+
+def test_a_network_in_bfloat16_trains(tmp_path, monkeypatch):
+    """Its samples span a subspace, and the coordinates are float32: small steps add up."""
+    monkeypatch.setattr(models, "build", lambda arch, classes, image_size: Short(classes))
+    base = [*DIGITS, "--save-dir", str(tmp_path)]
+    train_sgd.main([*base, "--epochs", "4", "--lr", "0.01"])
+    for script in (train_psgd, train_pbfgs):
+        script.main([*base, "--params_end", "5", "--n_components", "3", "--epochs", "3"])
+        saved = utils.read_tensors(tmp_path / script.__name__[6:] / "checkpoint.pt")
+        assert saved["states"]["model"]["coordinates"].dtype == torch.float32
+        assert saved["state_dict"]["layer.weight"].dtype == torch.bfloat16
+        assert saved["rows"][-1]["train_loss"] < saved["rows"][0]["train_loss"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -1,0 +1,76 @@
+"""What a run takes of memory. Oracles: counted images, arithmetic."""
+
+import numpy as np
+import pytest
+from conftest import DIGITS
+from PIL import Image
+
+import cli
+import train_pbfgs
+import train_sgd
+import utils
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageFolder of two classes, each of four and two images of 8 × 8 pixels."""
+    for part, n in (("train", 4), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.full((8, 8, 3), 9 * i, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["--datasets", "digits"], 500),
+        (["--image-size", "64"], 500),
+        (["--image-size", "128"], 125),  # four times the pixels
+        (["--image-size", "224", "--batch-size", "1024"], 40),
+        (["--image-size", "224", "--test-batch-size", "7"], 7),
+        (["--image-size", "4000"], 1),
+    ],
+)
+def test_a_test_takes_as_many_images_as_their_size_allows(options, size, folder):
+    argv = ["--datasets", "ImageFolder", "--data-dir", str(folder), *options]
+    args = cli.parse_args(train_sgd.get_options(), argv)
+    assert utils.load_data(args).test.batch_size == size
+
+
+def test_statistics_are_recomputed_in_batches_of_the_size_asked_for(copy, patch):
+    """Not of all the batches of a step, which would be the largest forward pass there is."""
+    sizes, recompute = [], None
+
+    def spy(model, batches):
+        def counted():
+            for images in batches:
+                sizes.append(len(images))
+                yield images
+
+        recompute(model, counted())
+
+    recompute = train_sgd.recompute_statistics
+    patch("recompute_statistics", spy)
+    argv = [*DIGITS, "--params_end", "7", "--n_components", "3", "--epochs", "1", "--bn-update"]
+    train_pbfgs.main([*argv, "--accumulate", "4", "--batch-size", "100", "--save-dir", str(copy)])
+    assert sum(sizes) == 1437
+    assert max(sizes) <= 100
+    assert len(sizes) == 15
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_images_that_will_not_fit_are_refused(size, folder, refused, monkeypatch, tmp_path):
+    """Eight images and their mirrored twins, padded by 4, and as they are read."""
+    needed = 8 * 3 * (size**2 + 4 * (size + 8) ** 2)
+    argv = ["--datasets", "ImageFolder", "--data-dir", folder, "--image-size", str(size)]
+    argv += ["--arch", "resnet8", "--save-dir", tmp_path / "run"]
+    monkeypatch.setattr(utils, "free_memory", lambda device: needed - 1)
+    line = refused(train_sgd.main, argv)
+    assert f"--data-dir: 8 images of {size} × {size} pixels take" in line
+    assert "--smalldatasets" in line
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(utils, "free_memory", lambda device: needed)
+    train_sgd.main([str(word) for word in argv] + ["--epochs", "1"])
