@@ -1,7 +1,10 @@
 """The data section. Oracles: explicit slicing, counts, torchvision's readers and transforms."""
 
 import hashlib
+import multiprocessing
+import os
 import pickle
+import signal
 import struct
 
 import numpy as np
@@ -368,6 +371,17 @@ def test_large_image_files_are_streamed(folder, workers):
     )
     file = Image.open(folder / "test" / "cat" / "0.png")
     torch.testing.assert_close(images[0], oracle(file))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_leaves_the_workers_to_the_run(number, folder):
+    """A scheduler's goes to all: a worker that died of it would end the run before it is saved."""
+    options = {"data_dir": folder, "image_size": 80, "workers": 1, "batch_size": 2}
+    batches = utils.load_data(arguments(datasets="ImageFolder", **options)).train.epoch(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, number)
+    assert len(list(batches)) == 5
 
 
 def test_imagenet_is_cut_as_published():

@@ -4,6 +4,8 @@ Oracle: a run of processes that do not differ.
 """
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,15 @@ def work(number: int, root: str) -> None:
 
     said["few"] = refusal(train_sgd, [*own, "--overwrite", "--smalldatasets", "0.002"])
 
+    def download() -> None:
+        time.sleep(0.5 * (number == 0))
+        with (root / "turns.txt").open("a") as file:
+            file.write(f"{number}\n")
+
+    for local in ("0", str(number)):  # on two machines, and on one
+        os.environ["LOCAL_RANK"] = local
+        distributed.in_turn(download)
+
     models.build = lambda arch, classes, image_size: Odd(classes)
     odd = [*DIGITS, "--save-dir", str(root / "odd")]
     train_sgd.main([*odd, "--epochs", "2"])
@@ -125,6 +136,10 @@ def test_fewer_images_than_processes_are_refused(root):
     lines = said(root, "few")
     assert len(lines) == 2
     assert all("2 processes in all for 2 training images" in line for line in lines)
+
+
+def test_the_first_process_downloads_before_the_others_look(root):
+    assert (root / "turns.txt").read_text().split() == ["0", "1"] * 2
 
 
 @pytest.mark.parametrize("run", [".", "psgd", "pbfgs"])

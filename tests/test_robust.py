@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS
-from PIL import Image
 from torch import nn
 
 import checkpoint
@@ -190,28 +189,6 @@ def test_a_signal_to_the_program(number, tmp_path):
     assert process.returncode == 128 + number
     assert len(error.splitlines()) == 1, error
     assert error.startswith("train_sgd.py: stopped by SIG")
-
-
-def test_a_signal_to_the_group_leaves_the_workers_that_decode_to_the_run(tmp_path):
-    """A scheduler's SIGTERM goes to all: a worker that died of it would end the run unsaved."""
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(40):
-                Image.new("RGB", (80, 80), (6 * i, 0, 0)).save(tmp_path / part / name / f"{i}.png")
-    command = [sys.executable, "-u", "train_sgd.py", "--datasets", "ImageFolder", "--data-dir"]
-    command += [tmp_path, "--image-size", "80", "--arch", "resnet8", "--batch-size", "8"]
-    command += ["--workers", "2", "--threads", "1", "--save-dir", tmp_path / "run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
-        assert any("epoch   1/" in line for line in iter(process.stdout.readline, ""))
-        os.killpg(process.pid, signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 143, error
-    assert error.splitlines() == [
-        "train_sgd.py: stopped by SIGTERM; the same command with --resume continues"
-    ]
-    assert utils.read_tensors(tmp_path / "run" / "checkpoint.pt")["epoch"] >= 1
 
 
 def test_the_chain_ends_with_its_script(tmp_path):
