@@ -297,6 +297,28 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
 
 
+def test_weights_of_old_torch_lack_counters_which_are_taken_as_0(copy, tmp_path):
+    """Oracle: the same weights with counters."""
+    state = torch.load(copy / "4.pt", weights_only=True)
+    old = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
+    assert len(old) < len(state)
+    torch.save({"state_dict": old}, tmp_path / "old.th")
+    results = [
+        train_sgd.main([*DIGITS, "--evaluate", option, str(file)])
+        for option, file in (
+            ("--resume", copy / "4.pt"),
+            ("--resume", tmp_path / "old.th"),
+            ("--pretrained", tmp_path / "old.th"),
+        )
+    ]
+    assert results[0] == results[1] == results[2]
+    options = ["--pretrained", str(tmp_path / "old.th"), "--save-dir", str(tmp_path / "fresh")]
+    train_sgd.main([*DIGITS, "--epochs", "1", *options])
+    start = utils.load_state_dict(tmp_path / "fresh" / "0.pt")
+    counters = {name: torch.tensor(0) for name in state.keys() - old.keys()}
+    assert same(start, state | counters)
+
+
 def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refused):
     """The download is replaced by what torchvision would deliver; the classifier stays our own."""
     torch.manual_seed(9)
