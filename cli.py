@@ -233,8 +233,11 @@ def add_schedule_options(
     add = parser.add_argument
     add("--lr", "--learning-rate", type=nonnegative, metavar="LR", default=lr, help=lr_help)
     add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
         help=f"after N epochs the learning rate drops to a tenth{usual}")
+    add("--schedule", dest="milestones", choices=["cosine"], default=argparse.SUPPRESS,
+        help="instead, the learning rate falls along half a cosine, to 0 after --epochs")
 
 
 def add_subspace_options(parser: Parser) -> None:

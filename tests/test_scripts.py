@@ -1,6 +1,7 @@
 """The scripts end to end on digits. Oracles: unbroken runs, torch.load, files compared by value."""
 
 import contextlib
+import copy as copy_module
 import fcntl
 import json
 import os
@@ -156,6 +157,7 @@ def test_fraction_of_variance_picks_k(copy):
 OPTIONS = {
     "sgd": (train_sgd, DIGITS),
     "adam": (train_sgd, [*DIGITS, "--optimizer", "adam"]),
+    "adamw": (train_sgd, [*DIGITS, "--optimizer", "adamw"]),
     "half": (train_sgd, [*DIGITS, "--half"]),
     "psgd": (train_psgd, SUBSPACE),
     "pbfgs": (train_pbfgs, SUBSPACE),
@@ -229,11 +231,59 @@ def test_milestones_and_start_epoch_set_the_step_size(tmp_path):
     assert {file.name for file in tmp_path.glob("[0-9]*.pt")} == {"2.pt", "3.pt", "4.pt", "5.pt"}
 
 
+@pytest.mark.parametrize("script", [train_sgd, train_psgd])
+def test_cosine_is_torch_s(script, sampled, tmp_path, capsys):
+    """Oracle: CosineAnnealingLR; the epoch lines show what metrics.jsonl has."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.2)
+    oracle, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5), []
+    for _ in range(5):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        oracle.step()
+    save_dir = tmp_path / "run" if script is train_sgd else shutil.copytree(sampled, tmp_path / "a")
+    short = ["--schedule", "cosine", "--smalldatasets", "0.1"][: 4 if script is train_sgd else 2]
+    script.main([*DIGITS, *short, "--lr", "0.2", "--epochs", "5", "--save-dir", str(save_dir)])
+    lines = rows(save_dir if script is train_sgd else save_dir / "psgd")
+    assert [row["lr"] for row in lines] == pytest.approx(expected)
+    shown = re.findall(r"^epoch .* lr (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert [float(lr) for lr in shown] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [([], True), (["--milestones", "2", "9"], True), (["--milestones", "1", "2"], False),
+     (["--milestones"], False), (["--schedule", "cosine"], False)],
+)  # fmt: skip
+def test_milestones_that_are_never_reached_are_told(options, warned, tmp_path, capsys):
+    short = [*DIGITS, "--smalldatasets", "0.1", "--epochs", "2", "--save-dir", str(tmp_path)]
+    train_sgd.main([*short, *options])
+    assert ("the learning rate stays 0.1" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_optimizers_are_torch_s(name, tmp_path, monkeypatch):
+    """Oracle: torch.optim, on the same gradients."""
+    model = torch.nn.Linear(3, 2)
+    args = cli.parse_args(train_sgd.get_options(), ["--optimizer", name.lower(), "--wd", "0.1"])
+    args.lr = 0.01
+    momentum = {"momentum": 0.9} if name == "SGD" else {}
+    twin = copy_module.deepcopy(model)
+    own = train_sgd.make_optimizer(args, model)
+    oracle = getattr(torch.optim, name)(twin.parameters(), 0.01, weight_decay=0.1, **momentum)
+    for module, optimizer in ((model, own), (twin, oracle)):
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
 @pytest.mark.parametrize(
     ("optimizer", "datasets", "lr", "milestones"),
     [
         ("sgd", "CIFAR10", 0.1, [100, 150]),
         ("adam", "CIFAR100", 0.001, [150]),
+        ("adamw", "digits", 0.001, [100, 150]),
         ("sgd", "ImageNet", 0.1, [30, 60, 90]),
     ],
 )
