@@ -67,13 +67,28 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
 
 
 def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
-    """The samples that --params_start, --params_end and --params_stride name."""
+    """The samples that --params_start, --params_end and --params_stride name.
+
+    Decides which and how many directions where the options leave that open, as published or fewer.
+    """
+    if args.params_end is None:
+        there = on_rank0(lambda: sample_numbers(args.save_dir))
+        args.params_end = min(51, there[-1] + 1) if there else 51
+    numbers = sample_range(vars(args))
+    if args.n_components is None:
+        args.n_components = max(1, min(40, len(numbers) - 1))
     if args.params_start >= args.params_end:
         raise InputError(
             f"--params_end {args.params_end}: allowed: above --params_start {args.params_start}"
         )
     with blame(), blame("--params_end", FileNotFoundError):
-        return load_trajectory(args, sample_range(vars(args)))
+        samples = load_trajectory(args, numbers)
+    print0(
+        f"{args.save_dir}: samples {abbreviate(numbers)} (--params_end {args.params_end}) of "
+        f"{args.arch} on {args.datasets}, --corrupt {args.corrupt:g}, "
+        f"--randomseed {args.randomseed}; --n_components {args.n_components}"
+    )
+    return samples
 
 
 def check_samples(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:

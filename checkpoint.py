@@ -148,6 +148,22 @@ def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
     return True
 
 
+def recorded_options(file: Path) -> list[str]:
+    """The options in a config.json that runs on its samples take where they are given none.
+
+    A network to import is not among them: what a file names is not run because it stands there.
+    """
+    if not file.exists():
+        return []
+    with blame(f"{file}: not readable", Exception):
+        arguments = json.loads(file.read_text())["arguments"]
+        values = {name: arguments.get(name) for name in (*EXPERIMENT, "data_dir")}
+    return [
+        f"--{name.replace('_', '-')}={value}" for name, value in values.items()
+        if value is not None and not (name == "arch" and ":" in str(value))
+    ]  # fmt: skip
+
+
 def check_config(args: argparse.Namespace, file: Path) -> None:
     """InputError for options that contradict the config.json of the run whose files are used."""
     if not on_rank0(lambda: is_same_experiment(args, file)):

@@ -19,10 +19,11 @@ import torch.distributed as dist
 
 import distributed
 import models
-from distributed import restart_count, torchrun_rank, under_torchrun, world_size
+from checkpoint import recorded_options
+from distributed import on_rank0, restart_count, torchrun_rank, under_torchrun, world_size
 from engine import handling
 from errors import InputError, blame
-from utils import DATASETS, read_folder
+from utils import DATASETS
 
 
 def exit_with(message: str, code: int) -> NoReturn:
@@ -232,19 +233,23 @@ def add_schedule_options(
     add = parser.add_argument
     add("--lr", "--learning-rate", type=nonnegative, metavar="LR", default=lr, help=lr_help)
     add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
         help=f"after N epochs the learning rate drops to a tenth{usual}")
+    add("--schedule", dest="milestones", choices=["cosine"], default=argparse.SUPPRESS,
+        help="instead, the learning rate falls along half a cosine, to 0 after --epochs")
 
 
 def add_subspace_options(parser: Parser) -> None:
     """Add what says which samples span the subspace, and how many directions of them to keep."""
     add = parser.add_argument
-    add("--n_components", "--n-components", type=components, metavar="K", default=40,
-        help="directions to keep, or the fraction of the samples' variance to explain, as 0.99")
+    add("--n_components", "--n-components", type=components, metavar="K",
+        help="directions to keep, or the fraction of the samples' variance to explain, as 0.99 "
+        "(default: 40, or one less than samples)")
     add("--params_start", "--params-start", type=natural, metavar="N", default=0,
         help="first sample, where training in the subspace starts from")
-    add("--params_end", "--params-end", type=natural, metavar="N", default=51,
-        help="one past the last sample")
+    add("--params_end", "--params-end", type=natural, metavar="N",
+        help="one past the last sample (default: 51, or all where there are fewer)")
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
     add("--basis", metavar="BASIS", default="pca",
@@ -271,6 +276,8 @@ def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     distributed.init(args.device)
+    if "basis" in args or getattr(args, "average", None):
+        take_from_trajectory(parser, args, argv)
     if restart_count() and not args.evaluate:  # the command is that of the first start
         args.resume, args.overwrite = args.resume or True, False
     check_combinations(args)
@@ -279,6 +286,20 @@ def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace
         args.channels_last = args.device == "cpu"
     configure_torch(args)
     return args
+
+
+def take_from_trajectory(
+    parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None
+) -> None:
+    """Let what the command leaves open about network and data be as it was for the samples."""
+    file = args.save_dir / "config.json"
+    with blame("--save-dir"):
+        recorded = on_rank0(lambda: recorded_options(file))
+    try:
+        parsed = parser.parse_args(recorded)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    vars(args).update(vars(parser.parse_args(argv, parsed)), device=args.device)
 
 
 def pick_device(name: str) -> str:
@@ -297,11 +318,6 @@ def check_combinations(args: argparse.Namespace) -> None:
     for option, place in (("--save-dir", args.save_dir), ("--data-dir", args.data_dir)):
         with blame(option):
             place.exists()  # OSError where one may not look
-    dataset = DATASETS[args.datasets]
-    if args.image_size not in (None, dataset.image_size) and dataset.read is not read_folder:
-        raise InputError(
-            f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
-        )
     started = getattr(args, "start", None) is not None
     for one, other, both in (
         ("--overwrite", "--resume", args.overwrite and args.resume),

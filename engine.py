@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import signal
 import time
 from collections import Counter
@@ -65,9 +66,13 @@ def l2_penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor | float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> None:
-    """Set the learning rate of an epoch: --lr, and a tenth of it after each of --milestones."""
+    """Set the learning rate of an epoch: --lr, less what --milestones or --schedule take off."""
+    if args.milestones == "cosine":
+        factor = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    else:
+        factor = 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
+        group["lr"] = args.lr * factor
 
 
 @torch.no_grad()
@@ -281,6 +286,10 @@ class Run:
         """The epochs still to come, counted from 0."""
         settings = {"initial": self.epoch, "unit": "epoch"}
         epochs = range(self.epoch, self.args.epochs)
+        drops = getattr(self.args, "milestones", [])
+        if drops and drops != "cosine" and min(drops) >= epochs.stop:
+            text = f"--milestones: the first, {min(drops)}, is not below --epochs {epochs.stop}"
+            print0(f"{text}, so the learning rate stays {self.args.lr:g}")
         with progress_bar(epochs, str(self.directory), self.args.epochs, **settings) as bar:
             for self.epoch in bar:
                 yield self.epoch
@@ -373,7 +382,8 @@ class Run:
                 f"epoch {row['epoch']:3d}/{args.epochs}  "
                 f"train loss {row['train_loss']:.4f}, accuracy {row['train_acc']:6.2f} %  "
                 f"test loss {row['test_loss']:.4f}, accuracy {accuracy_text(row)}"
-                f"  {row['seconds']:.1f} s"
+                + ("" if row["lr"] is None else f"  lr {row['lr']:.3g}")
+                + f"  {row['seconds']:.1f} s"
             )
 
     def record(self, row: dict) -> None:

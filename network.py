@@ -108,6 +108,10 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_weights(model: nn.Module, file: Path, arch: str) -> None:
     """Load the weights in `file`; raises ValueError where they do not fit the model."""
     state = on_rank0(lambda: load_state_dict(file))  # the others may not see the file
+    # torch < 0.4.1, of which the best-known CIFAR ResNets are, wrote no counters of BatchNorm.
+    own = model.state_dict().items()
+    counters = {name: v.new_zeros(()).cpu() for name, v in own if "num_batches_tracked" in name}
+    state = counters | state
     check_fits(state, model, file, arch)
     check_finite_values(state, model, file)
     copy_into(model, state)

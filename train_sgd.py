@@ -22,7 +22,7 @@ from errors import InputError, blame
 from network import build_model, copy_into
 from utils import average, batch_sizes, load_data
 
-LEARNING_RATES = {"sgd": 0.1, "adam": 0.001}
+LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
 # Epochs after which the learning rate drops to a tenth.
 MILESTONES = {"CIFAR100": [150], "ImageNet": list(range(30, 1000, 30))}
 USUAL_MILESTONES = [100, 150]
@@ -31,7 +31,7 @@ USUAL_MILESTONES = [100, 150]
 def get_options() -> Parser:
     """The command line."""
     parser = get_parser(__doc__.splitlines()[0], "resnet20", epochs=200, weight_decay=1e-4)
-    rates = "learning rate (default: 0.1, with adam 0.001)"
+    rates = "learning rate (default: 0.1, with adam and adamw 0.001)"
     usual = " (default: 100 150, on CIFAR100 150, on ImageNet every 30)"
     add_schedule_options(parser, None, rates, None, usual)
     add = parser.add_argument
@@ -51,7 +51,8 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.optimizer == "sgd":
         return torch.optim.SGD(trained, momentum=args.momentum, **settings)
-    return torch.optim.Adam(trained, **settings)
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return kind(trained, **settings)
 
 
 def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None:

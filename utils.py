@@ -336,6 +336,10 @@ def check_split(args: argparse.Namespace, name: str, split: Split, classes: int,
 def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
     """The training half, less what --smalldatasets drops, and the test half; true labels."""
     dataset = DATASETS[args.datasets]
+    if args.image_size != dataset.image_size and dataset.read is not read_folder:
+        raise InputError(
+            f"--image-size {args.image_size}: allowed with {args.datasets}: {dataset.image_size}"
+        )
     train, test = dataset.read(args, True), dataset.read(args, False)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))

@@ -429,7 +429,7 @@ def test_a_config_of_other_values(key, value, run, rejected):
     edit(run / "config.json", "arguments", key, to=value)
     line = rejected(PSGD, "--overwrite", "--save-dir", run, *SAMPLES)
     assert f"--{key}: " in line
-    assert "run/config.json; they have to be the same" in line
+    assert "run/config.json" in line
 
 
 @pytest.mark.parametrize("name", ["a list", "torn"])

@@ -1,6 +1,7 @@
 """The scripts end to end on digits. Oracles: unbroken runs, torch.load, files compared by value."""
 
 import contextlib
+import copy as copy_module
 import fcntl
 import json
 import os
@@ -157,6 +158,7 @@ def test_fraction_of_variance_picks_k(copy):
 OPTIONS = {
     "sgd": (train_sgd, DIGITS),
     "adam": (train_sgd, [*DIGITS, "--optimizer", "adam"]),
+    "adamw": (train_sgd, [*DIGITS, "--optimizer", "adamw"]),
     "half": (train_sgd, [*DIGITS, "--half"]),
     "psgd": (train_psgd, SUBSPACE),
     "pbfgs": (train_pbfgs, SUBSPACE),
@@ -230,11 +232,59 @@ def test_milestones_and_start_epoch_set_the_step_size(tmp_path):
     assert {file.name for file in tmp_path.glob("[0-9]*.pt")} == {"2.pt", "3.pt", "4.pt", "5.pt"}
 
 
+@pytest.mark.parametrize("script", [train_sgd, train_psgd])
+def test_cosine_is_torch_s(script, sampled, tmp_path, capsys):
+    """Oracle: CosineAnnealingLR; the epoch lines show what metrics.jsonl has."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.2)
+    oracle, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5), []
+    for _ in range(5):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        oracle.step()
+    save_dir = tmp_path / "run" if script is train_sgd else shutil.copytree(sampled, tmp_path / "a")
+    short = ["--schedule", "cosine", "--smalldatasets", "0.1"][: 4 if script is train_sgd else 2]
+    script.main([*DIGITS, *short, "--lr", "0.2", "--epochs", "5", "--save-dir", str(save_dir)])
+    lines = rows(save_dir if script is train_sgd else save_dir / "psgd")
+    assert [row["lr"] for row in lines] == pytest.approx(expected)
+    shown = re.findall(r"^epoch .* lr (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert [float(lr) for lr in shown] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [([], True), (["--milestones", "2", "9"], True), (["--milestones", "1", "2"], False),
+     (["--milestones"], False), (["--schedule", "cosine"], False)],
+)  # fmt: skip
+def test_milestones_that_are_never_reached_are_told(options, warned, tmp_path, capsys):
+    short = [*DIGITS, "--smalldatasets", "0.1", "--epochs", "2", "--save-dir", str(tmp_path)]
+    train_sgd.main([*short, *options])
+    assert ("the learning rate stays 0.1" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_optimizers_are_torch_s(name, tmp_path, monkeypatch):
+    """Oracle: torch.optim, on the same gradients."""
+    model = torch.nn.Linear(3, 2)
+    args = cli.parse_args(train_sgd.get_options(), ["--optimizer", name.lower(), "--wd", "0.1"])
+    args.lr = 0.01
+    momentum = {"momentum": 0.9} if name == "SGD" else {}
+    twin = copy_module.deepcopy(model)
+    own = train_sgd.make_optimizer(args, model)
+    oracle = getattr(torch.optim, name)(twin.parameters(), 0.01, weight_decay=0.1, **momentum)
+    for module, optimizer in ((model, own), (twin, oracle)):
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
 @pytest.mark.parametrize(
     ("optimizer", "datasets", "lr", "milestones"),
     [
         ("sgd", "CIFAR10", 0.1, [100, 150]),
         ("adam", "CIFAR100", 0.001, [150]),
+        ("adamw", "digits", 0.001, [100, 150]),
         ("sgd", "ImageNet", 0.1, [30, 60, 90]),
     ],
 )
@@ -258,7 +308,7 @@ def test_published_defaults_of_the_subspace_scripts():
     for script in (train_psgd, train_pbfgs):
         args = cli.parse_args(script.get_options(), [])
         assert (args.arch, args.epochs, args.batch_size) == ("resnet32", 100, 128)
-        assert (args.n_components, args.params_start, args.params_end) == (40, 0, 51)
+        assert args.params_start == 0  # test_chain.py has what depends on the samples
         assert (args.weight_decay, args.save_every, args.randomseed) == (0, 10, 1)
     args = cli.parse_args(train_psgd.get_options(), [])
     assert (args.lr, args.momentum, args.milestones) == (1, 0.9, [30, 50])
@@ -296,6 +346,28 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
                      "--pretrained", str(public)])  # fmt: skip
     end = utils.load_state_dict(copy / "psgd" / "model.th")
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
+
+
+def test_weights_of_old_torch_lack_counters_which_are_taken_as_0(copy, tmp_path):
+    """Oracle: the same weights with counters."""
+    state = torch.load(copy / "4.pt", weights_only=True)
+    old = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
+    assert len(old) < len(state)
+    torch.save({"state_dict": old}, tmp_path / "old.th")
+    results = [
+        train_sgd.main([*DIGITS, "--evaluate", option, str(file)])
+        for option, file in (
+            ("--resume", copy / "4.pt"),
+            ("--resume", tmp_path / "old.th"),
+            ("--pretrained", tmp_path / "old.th"),
+        )
+    ]
+    assert results[0] == results[1] == results[2]
+    options = ["--pretrained", str(tmp_path / "old.th"), "--save-dir", str(tmp_path / "fresh")]
+    train_sgd.main([*DIGITS, "--epochs", "1", *options])
+    start = utils.load_state_dict(tmp_path / "fresh" / "0.pt")
+    counters = {name: torch.tensor(0) for name in state.keys() - old.keys()}
+    assert same(start, state | counters)
 
 
 def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refused):
