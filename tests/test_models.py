@@ -1,13 +1,9 @@
 """Networks. Oracles: published sizes, torchvision's own constructors, what one network computes."""
 
-import json
-
-import networks
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 
 import models
 import train_pbfgs
@@ -183,29 +179,6 @@ def test_a_search_sees_one_draw(arch):
     for losses in found:
         assert len(set(losses)) == 1
     assert found[0][0] != pytest.approx(found[1][0], rel=1e-3)
-
-
-def test_networks_go_through_the_chain_once(tmp_path, monkeypatch):
-    """Oracle: the images that experiments/networks.py was told; what is there is left alone."""
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(20):
-                pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
-    networks.few_images(tmp_path, tmp_path / "few", {"train": 20, "test": 4})
-    for part, count in (("train", 10), ("test", 2)):
-        for name in ("cat", "dog"):
-            assert len(list((tmp_path / "few" / part / name).iterdir())) == count
-    monkeypatch.setattr(networks, "IMAGES", {"train": 20, "test": 4})
-    monkeypatch.setattr(networks, "FILE", tmp_path / "networks.json")
-    monkeypatch.setattr(models, "SMALL", {name: models.SMALL[name] for name in ("resnet8",)})
-    networks.main(tmp_path)
-    (line,) = json.loads((tmp_path / "networks.json").read_text())
-    assert (line["arch"], line["n"]) == ("resnet8", 75_290 - 8 * 65), "two classes"
-    assert line["seconds"].keys() == {"SGD", "P-SGD", "P-BFGS"}
-    networks.main(tmp_path)
-    assert json.loads((tmp_path / "networks.json").read_text()) == [line]
 
 
 def test_architectures_are_classifiers():
