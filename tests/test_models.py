@@ -1,13 +1,18 @@
 """Networks. Oracles: published sizes, torchvision's own constructors, what one network computes."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import ROOT
 
 import models
 import train_pbfgs
 import train_sgd
+
+README = (ROOT / "models" / "README.md").read_text()
 
 SIZES = {
     "resnet8": (75_290, 81_140),
@@ -145,13 +150,22 @@ def test_a_name_follows_the_image_size():
 
 
 def test_the_list_of_networks(capsys):
-    with pytest.raises(SystemExit) as end:
+    """Also in models/README.md."""
+    with pytest.raises(SystemExit) as exit:
         train_sgd.main(["--arch", "list"])
-    assert end.value.code == 0
+    assert exit.value.code == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["resnet18", "11,173,962"] in lines
     assert ["vit_b_16", "86,567,656"] in lines
     assert {line[0] for line in lines if line} >= set(models.ARCHITECTURES)
+    sizes = {line[0]: int(line[1].replace(",", "")) for line in lines if len(line) == 2}
+    told = []
+    for cell, millions in re.findall(r"^\| (`[a-z].*?) \| (.*?) \|", README, re.MULTILINE):
+        names = re.findall(r"`(\w+)`", cell)
+        told += names
+        ends = [f"{end(sizes[name] for name in names) / 1e6:.2f}" for end in (min, max)]
+        assert millions == " – ".join(dict.fromkeys(ends))
+    assert sorted(told) == sorted(models.SMALL)
 
 
 @pytest.mark.parametrize("arch", ["stochasticdepth18", "efficientnet"])

@@ -102,20 +102,6 @@ def test_every_option_is_told():
                 assert flag == "--help" or f"`{flag}" in OPTIONS, flag
 
 
-def test_every_network_is_told_with_its_size():
-    """Oracle: the networks themselves."""
-    page, told = (ROOT / "models" / "README.md").read_text(), []
-    for cell, millions in re.findall(r"^\| (`[a-z].*?) \| (.*?) \|", page, re.MULTILINE):
-        names = re.findall(r"`(\w+)`", cell)
-        told += names
-        with torch.device("meta"):
-            networks = [models.build(name, 10) for name in names]
-        sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in networks]
-        ends = dict.fromkeys(f"{size:.2f}" for size in (min(sizes), max(sizes)))
-        assert millions == " – ".join(ends)
-    assert sorted(told) == sorted(models.SMALL)
-
-
 def test_bytes_a_step_are_those_of_the_networks():
     """Oracle: the networks themselves; what is sent is counted in test_scale.py."""
     names = {"ResNet-20": ("resnet20", 10), "ResNet-18": ("resnet18", 1000)}
