@@ -1,17 +1,18 @@
 """Networks. Oracles: published sizes, torchvision's own constructors, what one network computes."""
 
-import json
+import re
 
-import networks
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from conftest import ROOT
 
 import models
 import train_pbfgs
 import train_sgd
+
+README = (ROOT / "models" / "README.md").read_text()
 
 SIZES = {
     "resnet8": (75_290, 81_140),
@@ -149,13 +150,22 @@ def test_a_name_follows_the_image_size():
 
 
 def test_the_list_of_networks(capsys):
-    with pytest.raises(SystemExit) as end:
+    """Also in models/README.md."""
+    with pytest.raises(SystemExit) as exit:
         train_sgd.main(["--arch", "list"])
-    assert end.value.code == 0
+    assert exit.value.code == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["resnet18", "11,173,962"] in lines
     assert ["vit_b_16", "86,567,656"] in lines
     assert {line[0] for line in lines if line} >= set(models.ARCHITECTURES)
+    sizes = {line[0]: int(line[1].replace(",", "")) for line in lines if len(line) == 2}
+    told = []
+    for cell, millions in re.findall(r"^\| (`[a-z].*?) \| (.*?) \|", README, re.MULTILINE):
+        names = re.findall(r"`(\w+)`", cell)
+        told += names
+        ends = [f"{end(sizes[name] for name in names) / 1e6:.2f}" for end in (min, max)]
+        assert millions == " – ".join(dict.fromkeys(ends))
+    assert sorted(told) == sorted(models.SMALL)
 
 
 @pytest.mark.parametrize("arch", ["stochasticdepth18", "efficientnet"])
@@ -183,29 +193,6 @@ def test_a_search_sees_one_draw(arch):
     for losses in found:
         assert len(set(losses)) == 1
     assert found[0][0] != pytest.approx(found[1][0], rel=1e-3)
-
-
-def test_networks_go_through_the_chain_once(tmp_path, monkeypatch):
-    """Oracle: the images that experiments/networks.py was told; what is there is left alone."""
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(20):
-                pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
-    networks.few_images(tmp_path, tmp_path / "few", {"train": 20, "test": 4})
-    for part, count in (("train", 10), ("test", 2)):
-        for name in ("cat", "dog"):
-            assert len(list((tmp_path / "few" / part / name).iterdir())) == count
-    monkeypatch.setattr(networks, "IMAGES", {"train": 20, "test": 4})
-    monkeypatch.setattr(networks, "FILE", tmp_path / "networks.json")
-    monkeypatch.setattr(models, "SMALL", {name: models.SMALL[name] for name in ("resnet8",)})
-    networks.main(tmp_path)
-    (line,) = json.loads((tmp_path / "networks.json").read_text())
-    assert (line["arch"], line["n"]) == ("resnet8", 75_290 - 8 * 65), "two classes"
-    assert line["seconds"].keys() == {"SGD", "P-SGD", "P-BFGS"}
-    networks.main(tmp_path)
-    assert json.loads((tmp_path / "networks.json").read_text()) == [line]
 
 
 def test_architectures_are_classifiers():
