@@ -60,16 +60,16 @@ def test_each_session_that_trains_is_recorded(copy, monkeypatch):
     """A start that has nothing left to do changes nothing, whatever its options are."""
     before = contents(copy)
     base = [*DIGITS, "--save-dir", str(copy), "--resume"]
-    train_sgd.main([*base, "--epochs", "6", "--threads", "1", "--lr", "0.01"])
+    train_sgd.main([*base, "--epochs", "6", "--threads", "2", "--lr", "0.01"])
     assert contents(copy) == before
     monkeypatch.setattr(checkpoint, "git_commit", lambda: "a later one")
-    train_sgd.main([*base, "--epochs", "7", "--threads", "1", "--lr", "0.01"])
-    torch.set_num_threads(2)
+    train_sgd.main([*base, "--epochs", "7", "--threads", "2", "--lr", "0.01"])
+    torch.set_num_threads(1)
     first, recorded = json.loads(before["config.json"]), config(copy)
     names = ("arguments", "threads", "commit", "versions", "device")
     assert {name: recorded[name] for name in names} == {name: first[name] for name in names}
     assert [session["from_epoch"] for session in recorded["sessions"]] == [0, 6]
-    assert [session["threads"] for session in recorded["sessions"]] == [2, 1]
+    assert [session["threads"] for session in recorded["sessions"]] == [1, 2]
     assert recorded["sessions"][1]["arguments"]["lr"] == 0.01
     assert recorded["sessions"][1]["commit"] == "a later one"
 

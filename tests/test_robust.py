@@ -220,7 +220,7 @@ def chain(save_dir: Path) -> str:
     for name, (script, _, options) in RUNS.items():
         end = ["--epochs", "7"] if name == "sgd" else []
         commands.append([sys.executable, f"{script.__name__}.py", *options, *end])
-    each = (shlex.join([*c, "--threads", "1", "--save-dir", str(save_dir)]) for c in commands)
+    each = (shlex.join([*c, "--save-dir", str(save_dir)]) for c in commands)
     return " && ".join(f"{command} --resume" for command in each)
 
 
@@ -258,7 +258,7 @@ def test_a_killed_chain_ends_as_an_unbroken_one(tmp_path, request):
 def test_a_full_disk_stops_with_a_line_and_the_run_goes_on_later(name, sampled, unbroken, tmp_path):
     """With files limited to a size that the checkpoint is above, and a sample is not."""
     script, argv, save_dir = start(name, sampled, tmp_path)
-    command = [sys.executable, f"{script.__name__}.py", *argv, "--resume", "--threads", "2"]
+    command = [sys.executable, f"{script.__name__}.py", *argv, "--resume"]
     full = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000)),

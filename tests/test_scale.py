@@ -196,7 +196,7 @@ def torchrun(*arguments, restarts: int = 0) -> subprocess.Popen:
     command += ["--nproc_per_node", "2", "--max-restarts", str(restarts), "--", *arguments]
     command = [str(part) for part in command]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, **pipe, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, **pipe)
 
 
 def wait_for(file, process) -> None:
