@@ -9,7 +9,7 @@ import re
 import signal
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -464,10 +464,16 @@ def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {name: part.reshape(parameter.shape).clone() for name, part, parameter in parts}
 
 
+@torch.no_grad()
+def load_vector(vector: Tensor, model: nn.Module) -> None:
+    """Write the vector (n,) into the trainable parameters: what `flatten` read, back in place."""
+    for name, value in unflatten(vector, model).items():
+        model.get_parameter(name).copy_(value)
+
+
 # ------------------------------------------------------------------- the samples and their PCA
 
 BLOCK = 2**24  # numbers of all samples together that PCA holds in float64 at a time
-BATCHNORM_STATISTICS = (*RUNNING_STATISTICS, "num_batches_tracked")
 
 
 class Sample(dict):
@@ -554,8 +560,15 @@ def average(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def parameter_names(sample: Mapping[str, Tensor]) -> list[str]:
-    """The entries of a state dict that are trained: all but BatchNorm's statistics."""
-    return [name for name in sample if name.rpartition(".")[2] not in BATCHNORM_STATISTICS]
+    """The entries of a state dict that may be trained: without running statistics and integers.
+
+    Tied weights count once. Other buffers only the network knows: `trainable` has its parameters.
+    """
+    first: dict[tuple, str] = {}  # of the names of the same memory
+    for name, value in sample.items():
+        if value.is_floating_point() and name.rpartition(".")[2] not in RUNNING_STATISTICS:
+            first.setdefault((value.data_ptr(), value.shape), name)
+    return list(first.values())
 
 
 def centered_blocks(
@@ -653,17 +666,18 @@ def check_basis_memory(k: int, n: int, dtype: torch.dtype, device: str) -> None:
 
 @torch.no_grad()
 def pca(
-    samples: Any, n_components: int | float, *, names: Sequence[str] | None = None,
+    samples: Any, n_components: int | float, *, names: Iterable[str] | None = None,
     device: Any = "cpu", dtype: torch.dtype | None = None, shard: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Principal components of T samples: basis (k, n), explained_variance_ratio (k,).
 
-    `samples` is a matrix (T, n), a sequence of vectors (n,), or of state dicts, of which `names`
-    are taken (default: all but BatchNorm statistics). `n_components` is k, or a fraction of the
-    variance: as few as explain more than that. The rows of the basis are orthonormal, those of
-    largest variance first, and the entry of largest magnitude in each is positive; all this is
-    as in scikit-learn. The results are on `device`; the basis is rounded to `dtype`, by default to
-    the samples' type, the ratios to at least float32.
+    `samples` is a matrix (T, n), a sequence of vectors (n,), as `flatten` makes them, or of state
+    dicts, of which `names` are taken: `trainable(model)`, or by default all real numbers but
+    BatchNorm's statistics, which are too many where a network has other buffers. `n_components` is
+    k, or a fraction of the variance: as few as explain more than that. The rows of the basis are
+    orthonormal, those of largest variance first, and the entry of largest magnitude in each is
+    positive; all this is as in scikit-learn. The results are on `device`; the basis is rounded to
+    `dtype`, by default to the samples' type, the ratios to at least float32.
 
     T ≪ n, so the components come from the T × T Gram matrix. Several processes share the work by
     columns; with `shard` each returns those of the basis that are its own, (k, n / processes).
@@ -672,8 +686,8 @@ def pca(
     are not finite or of different shapes.
     """
     if not isinstance(samples[0], Mapping):
-        samples = [{"": torch.as_tensor(sample)} for sample in samples]
-    names = parameter_names(samples[0]) if names is None else names
+        samples, names = [{"": torch.as_tensor(sample)} for sample in samples], [""]
+    names = list(parameter_names(samples[0]) if names is None else names)
     shapes = [{name: sample[name].shape for name in names} for sample in samples]
     if any(own != shapes[0] for own in shapes):
         raise ValueError("the samples differ in their shapes")

@@ -151,10 +151,86 @@ def test_a_transformer_learns_a_task_on_tokens_in_its_plane():
         "random": random_basis(5, n, 1, torch.float32, "cpu"),
     }
     for name, basis in planes.items():
-        network.load_state_dict(utils.unflatten(samples[0], network))
+        utils.load_vector(samples[0], network)
         subspace = models.Subspace(network, basis)
         fit(subspace, [subspace.coordinates], 0.3, 150)
         found[name] = accuracy(subspace)
         network.requires_grad_(True)
     assert found["samples"] > 0.8
     assert found["random"] < 0.5
+
+
+class Tied(nn.Module):
+    """Weights used twice, before a layer with some of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last.weight = self.first.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(inputs).tanh()).tanh())
+
+
+class Indexed(nn.Linear):
+    """A buffer of integers, as Swin's relative_position_index."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("order", torch.arange(8).flip(0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs[:, self.order])
+
+
+def partly_frozen() -> nn.Module:
+    network = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    network[0].requires_grad_(False)
+    return network
+
+
+OWN = {
+    "batchnorm": lambda: nn.Sequential(nn.Linear(8, 9), nn.BatchNorm1d(9), nn.Linear(9, 8)),
+    "tied": Tied,
+    "integers": Indexed,
+    "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "frozen": partly_frozen,
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_one_loop_works_for_any_module(name, tmp_path):
+    """Oracles: the samples, the vectors' PCA, and what the network gives in the subspace."""
+    torch.manual_seed(0)
+    network, inputs = OWN[name](), torch.randn(64, 8)
+    target = inputs.roll(1, 1).sin()
+
+    def fit(module, parameters, steps):
+        optimizer = torch.optim.SGD(parameters, 0.1, 0.9)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.mse_loss(module(inputs), target)
+            loss.backward()
+            optimizer.step()
+        return loss
+
+    samples, states = [], []
+    for _ in range(6):
+        samples.append(utils.flatten(network))
+        torch.save(network.state_dict(), tmp_path / f"{len(states)}.pt")
+        states.append(utils.load_state_dict(tmp_path / f"{len(states)}.pt"))
+        end = fit(network, [p for p in network.parameters() if p.requires_grad], 3)
+    basis, ratios = utils.pca(samples, 4)
+    for options in ({}, {"names": utils.trainable(network)}):
+        if options or name not in ("spectral", "frozen"):  # only the network knows
+            for own, oracle in zip(utils.pca(states, 4, **options), (basis, ratios), strict=True):
+                torch.testing.assert_close(own, oracle)
+
+    utils.load_vector(samples[0], network)
+    assert torch.equal(utils.flatten(network), samples[0])
+    start = F.mse_loss(network(inputs), target)
+    subspace = models.Subspace(network, basis)
+    assert fit(subspace, [subspace.coordinates], 60) < (start + end) / 2
+    trained = subspace.eval()(inputs)
+    network.load_state_dict(subspace.export())
+    torch.testing.assert_close(network.eval()(inputs), trained)
