@@ -236,7 +236,7 @@ def add_schedule_options(
     add = parser.add_mutually_exclusive_group().add_argument
     add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
         help=f"after N epochs the learning rate drops to a tenth{usual}")
-    add("--schedule", dest="milestones", choices=["cosine"], default=argparse.SUPPRESS,
+    add("--schedule", dest="milestones", choices=["cosine"],
         help="instead, the learning rate falls along half a cosine, to 0 after --epochs")
 
 
