@@ -1,4 +1,4 @@
-"""Every network the scripts can train, by name, and `Subspace`, which restricts one to a plane."""
+"""Every network the scripts can train, by name; and `Subspace`, which restricts one."""
 
 import importlib
 from collections.abc import Callable
@@ -62,12 +62,12 @@ LARGE = torchvision.models.list_models(module=torchvision.models)
 ARCHITECTURES = (*SMALL, *(name for name in LARGE if name not in SMALL))
 SMALL_PIXELS = 64  # above it, a name that both have is torchvision's network
 
-# With transform_input they take images normalised as for all other networks.
+# With transform_input they take images normalized as for all other networks.
 SETTINGS = dict.fromkeys(("googlenet", "inception_v3"), small.INCEPTION | {"transform_input": True})
 
 
 def build(arch: str, num_classes: int, image_size: int = 32, **kwargs) -> nn.Module:
-    """The network called `arch`, freshly initialised from torch's global random state.
+    """The network called `arch`, freshly initialized from torch's global random state.
 
     `arch` is one of ARCHITECTURES, or package.module:callable, which is imported and called with
     num_classes. Where the name means one network for images of 32 pixels and torchvision's for

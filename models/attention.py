@@ -1,7 +1,7 @@
 """The networks of "Residual Attention Network for Image Classification" (CVPR 2017, section 3).
 
 The published code starts each down-sampling of a mask again from the module's input and leaves
-units unused; here each goes on from the one before, and the up-sampling is bilinear, as the paper
+units unused; here each continues from the one before, and the up-sampling is bilinear, as the paper
 says. As many residual units as published, to have its parameters: in stage 3 that makes one skip
 connection which the paper does not draw. For the same reason each unit has a convolution on its
 shortcut; the paper's have one only where shapes change. A BatchNorm before the pooling and no
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import initialise
+from models.small import initialize
 
 
 def activated_conv(
@@ -94,7 +94,7 @@ class ResidualAttentionNetwork(nn.Module):
         layers += [ResidualUnit(1024, 2048, stride=2), units(2048, 2)]
         self.features = nn.Sequential(*layers, nn.BatchNorm2d(2048), nn.ReLU())
         self.linear = nn.Linear(2048, num_classes)
-        initialise(self)
+        initialize(self)
         for module in self.modules():
             if isinstance(module, ResidualUnit):  # no ReLU follows, so no gain to make up for one
                 nn.init.kaiming_normal_(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.inception import BasicConv2d
 
-from models.small import initialise
+from models.small import initialize
 
 DROPOUT = 0.2
 RESIDUAL_SCALE = 0.1  # section 3.3: a residual network this wide dies in training without it
@@ -76,7 +76,7 @@ class Inception(nn.Module):
         self.stem = stem()
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(channels, num_classes)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.blocks(self.stem(x)).mean(dim=(2, 3))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import initialise
+from models.small import initialize
 
 # Channels and stride of each depthwise separable convolution. The last stride is 2 in the paper's
 # table, where the sizes of the images say that 1 is meant.
@@ -34,7 +34,7 @@ class MobileNet(nn.Module):
             channels_in = channels_out
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(channels_in, num_classes)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.features(x).mean(dim=(2, 3)))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import initialise
+from models.small import initialize
 
 # The paper's figure 4. Each row adds two branches, an operation on a state each: state 0 is the
 # cell's input, 1 what came before it, and row i makes state i + 2. A normal cell returns states 1
@@ -125,7 +125,7 @@ class NASNet(nn.Module):
             self.cells.append(cell)
             channels_in, channels_before, halved = cell.channels_out, channels_in, reduces
         self.linear = nn.Linear(channels_in, num_classes)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = before = self.stem(x)

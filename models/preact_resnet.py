@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.resnet import conv1x1, conv3x3
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import LAYERS, initialise
+from models.small import LAYERS, initialize
 
 
 class Block(nn.Module):
@@ -98,7 +98,7 @@ class PreActResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, num_classes)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn(self.blocks(self.stem(x))))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import initialise
+from models.small import initialize
 
 # The biases before BatchNorm change nothing, but are 1.2 % of the published parameters.
 convolution = partial(Conv2dNormActivation, bias=True)
@@ -65,7 +65,7 @@ class ShuffleNet(nn.Module):
         self.stem = convolution(3, 24, 3)
         self.units = nn.Sequential(*units)
         self.linear = nn.Linear(channels, num_classes)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.units(self.stem(x)).mean(dim=(2, 3)))

@@ -23,12 +23,12 @@ LAYERS = {
     152: (3, 8, 36, 3),
 }
 # torchvision's two Inception networks return auxiliary outputs in training unless told not to, and
-# initialise by a slow library function unless told which.
+# initialize by a slow library function unless told which.
 INCEPTION = {"aux_logits": False, "init_weights": True}
 
 
-def initialise(network: nn.Module) -> None:
-    """He initialisation of all convolutions, as in torchvision's residual networks."""
+def initialize(network: nn.Module) -> None:
+    """He initialization of all convolutions, as in torchvision's residual networks."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -37,7 +37,7 @@ def initialise(network: nn.Module) -> None:
 def convolution(channels_in: int, channels: int) -> nn.Conv2d:
     """3 × 3, at every pixel."""
     layer = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-    initialise(layer)
+    initialize(layer)
     return layer
 
 

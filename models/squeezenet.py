@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation
 
-from models.small import initialise
+from models.small import initialize
 
 
 class Fire(nn.Module):
@@ -47,8 +47,8 @@ class SqueezeNet(nn.Module):
             nn.MaxPool2d(2),
             Fire(512, 512),
         )
-        initialise(self)
-        # Initialised as a linear layer is, which after the average it is.
+        initialize(self)
+        # Initialized as a linear layer is, which after the average it is.
         self.classifier = nn.Conv2d(512, num_classes, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

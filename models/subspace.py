@@ -30,7 +30,7 @@ class Gathering(torch.autograd.Function):
     """The whole vector (n,), of which each process has n / processes numbers, the last one fewer.
 
     The gradient is the sum of all processes'. Forward and backward send n numbers each: what a
-    basis in parts costs.
+    sharded basis costs.
     """
 
     @staticmethod

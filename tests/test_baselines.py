@@ -1,4 +1,4 @@
-"""Other planes, starts and statistics. Oracles: numpy's QR, torch's mean, a pass by hand."""
+"""Other bases, starts and statistics. Oracles: numpy's QR, torch's mean, one pass by hand."""
 
 import json
 from copy import deepcopy as copy_of
@@ -73,7 +73,7 @@ def test_training_turns_with_the_basis(optimizer, tiny, batch, orthonormal):
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
 
 
-def test_a_random_plane_is_orthonormal_seeded_and_apart_from_the_samples(copy):
+def test_a_random_basis_is_orthonormal_seeded_and_apart_from_the_samples(copy):
     for name, seed in (("one", "1"), ("again", "1")):
         options = ["--basis", "random", "--run", name, "--save-dir", str(copy)]
         train_psgd.main([*SUBSPACE, *options, "--randomseed", seed])
@@ -81,8 +81,8 @@ def test_a_random_plane_is_orthonormal_seeded_and_apart_from_the_samples(copy):
     np.testing.assert_allclose(basis @ basis.T, np.eye(5), atol=1e-6)
     np.testing.assert_array_equal(basis, basis_in(copy / "again"))
     samples = matrix(copy, range(7))
-    centred = samples - samples.mean(0)
-    share = np.sum((centred @ basis.T) ** 2) / np.sum(centred**2)
+    centered = samples - samples.mean(0)
+    share = np.sum((centered @ basis.T) ** 2) / np.sum(centered**2)
     assert share < 0.01, "five of 75,290 directions"
     other = random_basis(5, 75290, 2, torch.float32, "cpu")
     assert np.abs(basis @ other.double().numpy().T).max() < 0.1
@@ -115,7 +115,7 @@ def test_start(start, name, copy):
 
 
 def test_bn_update_tests_with_statistics_of_the_whole_training_set(copy):
-    """At rate 0 the network stands still: its first layer's mean, by one pass by hand."""
+    """At learning rate 0 the network stands still: its first layer's mean, by one pass by hand."""
     options = ["--lr", "0", "--bn-update", "--epochs", "1", "--save-dir", str(copy)]
     row = train_psgd.main([*SUBSPACE, *options])
     state = utils.load_state_dict(copy / "psgd" / "model.th")

@@ -131,12 +131,12 @@ def test_every_window_of_the_padded_image_and_no_other():
     dataset = DATASETS["CIFAR10"]._replace(padding=1)
     images = TensorLoader(split, dataset, 1, "cpu", seed=0)
     padded = torch.nn.functional.pad(split.images[0], [1] * 4)
-    normalise = transforms.Normalize(dataset.mean, dataset.std)
+    normalize = transforms.Normalize(dataset.mean, dataset.std)
     possible = []
     for top in range(3):
         for left in range(3):
             window = padded[:, top : top + 4, left : left + 4]
-            possible += [normalise(image / 255) for image in (window, window.flip(-1))]
+            possible += [normalize(image / 255) for image in (window, window.flip(-1))]
     seen = set()
     for epoch in range(400):
         ((image, _),) = images.epoch(epoch)
@@ -146,7 +146,7 @@ def test_every_window_of_the_padded_image_and_no_other():
     assert seen == set(range(18))
 
 
-def test_padding_is_black_before_normalisation():
+def test_padding_is_black_before_normalization():
     """The border of a crop is −mean / std, what a black pixel becomes, and not 0."""
     split = Split(torch.full((64, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(64).long(), ["a"])
     dataset = DATASETS["CIFAR10"]
@@ -217,7 +217,7 @@ def test_a_lone_last_image_joins_the_batch_before(n, size, sizes):
     assert [len(labels) for _, labels in images.epoch(0)] == sizes
 
 
-def test_without_seed_images_come_in_order_and_only_normalised():
+def test_without_seed_images_come_in_order_and_only_normalized():
     split, dataset = random_split(), DATASETS["CIFAR100"]
     batches = list(TensorLoader(split, dataset, 8, "cpu").epoch())
     expected = transforms.Normalize(dataset.mean, dataset.std)(split.images / 255)

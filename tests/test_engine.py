@@ -1,4 +1,4 @@
-"""The switches of the engine. Oracles: a run without them, torch's account of its settings."""
+"""The options of the engine. Oracles: a run without them, torch's account of its settings."""
 
 import shutil
 

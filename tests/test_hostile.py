@@ -550,7 +550,7 @@ def test_classes_that_are_not_in_both_parts(size, folder, rejected):
 
 
 def test_a_streamed_file_that_is_no_image(folder, refused, tmp_path, monkeypatch):
-    """It is found when it is needed: no epoch is said to be done, and --resume goes on."""
+    """It is found when it is needed: no epoch is said to be done, and --resume continues."""
     monkeypatch.chdir(tmp_path)
     image = folder / "test" / "dog" / "1.png"
     whole = image.read_bytes()
@@ -719,7 +719,7 @@ EDITED_BASES = {
 
 
 @pytest.mark.parametrize("name", EDITED_BASES)
-def test_a_basis_that_is_not_one_is_computed_anew(name, run):
+def test_a_basis_that_is_not_one_is_computed_again(name, run):
     """It says that it is of these samples, and P-BFGS would take it from P-SGD."""
     right = np.load(run / "psgd" / "basis.npz")["basis"]
     EDITED_BASES[name](run / "psgd" / "basis.npz")
@@ -733,7 +733,7 @@ EDITED_CONFIGS = {
     "arguments a list": b'{"arguments": []}',
     "arguments a string": b'{"arguments": "none"}',
     "arguments empty": b'{"arguments": {}}',
-    "arguments of something else": b'{"arguments": {"colour": "red"}}',
+    "arguments of something else": b'{"arguments": {"color": "red"}}',
     "too deep": b"[" * 100_000,
 }
 

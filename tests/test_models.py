@@ -73,7 +73,7 @@ def test_sizes_of_the_networks_for_small_images(arch):
 
 
 @pytest.mark.parametrize("arch", [*EXACT, *WITHIN_A_HUNDREDTH, *OTHER])
-def test_a_plane_through_every_network(arch):
+def test_a_subspace_of_every_network(arch):
     """Forward and backward. Oracle: the chain rule, ∂L/∂z = P ∂L/∂θ; and θ is all in use."""
     torch.manual_seed(0)
     model = models.build(arch, 10)

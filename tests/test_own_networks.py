@@ -1,4 +1,4 @@
-"""Networks and tasks that are not ours. Oracles: what they reach, and a random plane beside it."""
+"""Networks and tasks that are not ours. Oracles: what they reach, and a random subspace."""
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ class Reader(nn.Module):
         return self.head(self.encoder(self.embedding(tokens) + self.position).mean(1))
 
 
-def test_a_transformer_learns_a_task_on_tokens_in_its_plane():
+def test_a_transformer_learns_a_task_on_tokens_in_its_subspace():
     """The label of a row of tokens is its commonest token; chance is one in eight."""
     torch.manual_seed(0)
     common = torch.randint(8, (1000, 1))
@@ -146,11 +146,11 @@ def test_a_transformer_learns_a_task_on_tokens_in_its_plane():
         fit(network, network.parameters(), 0.01, 10)
         samples.append(utils.flatten(network))
     found, n = {}, len(samples[0])
-    planes = {
+    bases = {
         "samples": utils.pca(samples, 5)[0],
         "random": random_basis(5, n, 1, torch.float32, "cpu"),
     }
-    for name, basis in planes.items():
+    for name, basis in bases.items():
         utils.load_vector(samples[0], network)
         subspace = models.Subspace(network, basis)
         fit(subspace, [subspace.coordinates], 0.3, 150)

@@ -122,7 +122,7 @@ def test_only_one_vector(parameters):
         PBFGS([nn.Parameter(parameter) for parameter in parameters])
 
 
-def test_state_dict_goes_on_where_it_was(tiny):
+def test_a_state_dict_resumes_where_it_was(tiny):
     ends = []
     for restart_after in (None, 7):
         golden = Golden("pbfgs", copy.deepcopy(tiny))
@@ -145,7 +145,7 @@ def test_trials_leave_the_running_statistics_alone(tiny, batch):
         frozen = tiny(images)
     for name, buffer in tiny.named_buffers():
         assert torch.equal(buffer, before[name])
-    assert torch.equal(frozen, tiny(images)), "a trial normalises as training does, by the batch"
+    assert torch.equal(frozen, tiny(images)), "a trial normalizes as training does, by the batch"
     assert tiny[1].num_batches_tracked == before["1.num_batches_tracked"] + 1
 
 
@@ -205,7 +205,7 @@ def test_all_trials_of_a_step_see_the_same_dropout(batch, orthonormal):
     assert (first == first[0]).all()
     torch.manual_seed(1)
     take_step(subspace, optimizer, images, labels)
-    assert optimizer.losses[0] != first[0], "the next step draws anew"
+    assert optimizer.losses[0] != first[0], "the next step draws again"
 
 
 def test_residual_step_is_sgd_outside_the_subspace(tiny, batch, orthonormal):

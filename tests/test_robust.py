@@ -98,7 +98,7 @@ def start(name, sampled, tmp_path):
     [(2, signal.SIGINT), (6, signal.SIGTERM), (7, signal.SIGINT), (13, signal.SIGTERM)],
 )
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_asked_to_stop_goes_on_as_if_it_had_not(
+def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
     name, moment, number, sampled, unbroken, tmp_path, patch, capsys
 ):
     """At a forward pass of training, of a test or of a search, and once more on the way."""
@@ -148,7 +148,7 @@ def test_handlers_are_given_back(tmp_path):
 
 @pytest.mark.parametrize(("script", "moment"), [(train_sgd, 3), (train_psgd, 6)])
 def test_dropout_is_a_function_of_the_step(patch, script, moment, tmp_path, monkeypatch, capsys):
-    """An epoch stopped halfway, or before BatchNorm is re-estimated, draws on as if it were not."""
+    """An epoch stopped halfway, or before BatchNorm is recomputed, draws the same when resumed."""
 
     def build(arch, num_classes, image_size):
         parts = [nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
@@ -255,7 +255,7 @@ def test_a_killed_chain_ends_as_an_unbroken_one(tmp_path, request):
 
 
 @pytest.mark.parametrize("name", ["sgd", "pbfgs"])
-def test_a_full_disk_stops_with_a_line_and_the_run_goes_on_later(name, sampled, unbroken, tmp_path):
+def test_a_full_disk_stops_with_a_line_and_the_run_resumes_later(name, sampled, unbroken, tmp_path):
     """With files limited to a size that the checkpoint is above, and a sample is not."""
     script, argv, save_dir = start(name, sampled, tmp_path)
     command = [sys.executable, f"{script.__name__}.py", *argv, "--resume"]
@@ -385,7 +385,7 @@ def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(tmp_pat
     assert utils.read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
-def test_an_epoch_begun_goes_on_with_its_own_batches(tmp_path, patch, refused, capsys):
+def test_an_epoch_begun_continues_with_its_own_batches(tmp_path, patch, refused, capsys):
     def stopped(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return cross_entropy(*args)
@@ -463,7 +463,7 @@ def test_a_process_that_decodes_images_does_not_hold_the_directory_of_one_that_w
             os.kill(child, signal.SIGKILL)
 
 
-def test_after_a_restart_a_run_goes_on_from_its_own_checkpoint(
+def test_after_a_restart_a_run_resumes_from_its_own_checkpoint(
     sampled, tmp_path, monkeypatch, capsys
 ):
     """torchrun repeats the command, whatever --resume names in it."""

@@ -80,7 +80,7 @@ def reported(output: str) -> list[str]:
 
 
 def check_baselines(psgd: list[str], baselines: list[list[str]], averaged: str) -> None:
-    """The random plane is trained as the samples' is, and the mean is that of `averaged`."""
+    """The random subspace is trained as that of the samples, and the average is of `averaged`."""
     random, mean = baselines
     assert sorted([*psgd, "basis random"]) == sorted(random)
     assert f"average {averaged}" in mean
@@ -193,11 +193,11 @@ def test_imagenet_is_the_published_experiment(project, tiny):
 def test_finetune_imagenet_has_samples_enough(project, tiny):
     """1,281,167 images in batches of 256 are 5,005 steps an epoch."""
     done = run(project, "finetune-imagenet", PYTHONPATH=tiny)
-    sgd, *planes = (" ".join(command) for command in commands(done.stdout))
+    sgd, *subspaces = (" ".join(command) for command in commands(done.stdout))
     every = int(sgd.split("sample-every ")[1].split()[0])
     assert "pretrained" in sgd
-    assert len(planes) == 3
-    for line, epochs in zip(planes, (5, 10, 15), strict=True):
+    assert len(subspaces) == 3
+    for line, epochs in zip(subspaces, (5, 10, 15), strict=True):
         end = int(line.split("params_end ")[1].split()[0])
         assert (end - 1) * every == pytest.approx(epochs * 5005, rel=0.01)
         assert (end - 1) * every <= epochs * 5005, "the samples of these epochs"

@@ -53,7 +53,7 @@ COMMANDS = {
     "several": (train_pbfgs, [*SUBSPACE, "--accumulate", "2", "--run", "several"]),
 }
 
-NORMALISED = (".", "psgd", "pbfgs")  # what is run with BatchNorm, too
+NORMALIZED = (".", "psgd", "pbfgs")  # what is run with BatchNorm, too
 
 
 def plain_network(arch: str, classes: int, image_size: int) -> nn.Module:
@@ -95,7 +95,7 @@ def work(number: int, directory: str, network: bool) -> None:
     counting(sent, kept)
     bytes_of = {}
     for name, (script, options) in COMMANDS.items():
-        if not network and name not in NORMALISED:
+        if not network and name not in NORMALIZED:
             continue
         sent.clear()
         script.main([*DIGITS, *options, "--save-dir", directory])
@@ -151,7 +151,7 @@ def test_several_processes_find_the_same_basis(runs):
                 assert other["basis"].shape[1] == 0, "no process has all of it"
 
 
-def test_a_basis_in_parts_sends_the_parameters(runs):
+def test_a_sharded_basis_sends_the_parameters(runs):
     sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
     n = sum(parameter.numel() for parameter in plain_network("", 10, 8).parameters())
     # In each of 16 steps for the loss and for the penalty, back; θ(z) itself goes by all_gather.
@@ -163,7 +163,7 @@ def test_a_basis_in_parts_sends_the_parameters(runs):
         assert kept["basis of sharded"] == [4 * 3 * -(-n // processes)]
 
 
-def test_a_step_in_the_plane_sends_the_coordinates_and_little_else(runs):
+def test_a_step_in_the_subspace_sends_the_coordinates_and_little_else(runs):
     """1,437 images in batches of 200: 8 steps an epoch, 2 epochs; k = 3, n = 3,114."""
     sent = torch.load(runs[2] / "bytes.pth", weights_only=True)
     n = sum(parameter.numel() for parameter in plain_network("", 10, 8).parameters())
@@ -181,7 +181,7 @@ def test_a_step_in_the_plane_sends_the_coordinates_and_little_else(runs):
 
 def test_with_batchnorm_the_statistics_are_shared(tmp_path):
     run(tmp_path / "run", 2, network=False)
-    for name in NORMALISED:
+    for name in NORMALIZED:
         rows = torch.load(tmp_path / "run" / name / "checkpoint.pt", weights_only=True)["rows"]
         assert rows[-1]["test_acc"] > 15
     args = cli.parse_args(train_sgd.get_options(), [*DIGITS, "--save-dir", str(tmp_path / "run")])
@@ -236,7 +236,7 @@ def test_a_killed_process_ends_the_job_or_restarts_it(restarts, tmp_path):
     assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 13))
 
 
-def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+def test_sigterm_saves_and_the_run_resumes(tmp_path):
     """Oracle: weights and rows of an unbroken run of two processes. A refusal is one line."""
     command = ["train_sgd.py", *LONG, tmp_path / "run", "--epochs", "8"]
     process = torchrun(*command)

@@ -131,7 +131,7 @@ def test_basis_is_the_pca_of_the_samples(copy):
 
 
 @pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
-def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_plane(script, copy):
+def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_subspace(script, copy):
     script.main([*SUBSPACE, "--params_start", "2", "--n_components", "3", "--epochs", "2",
                  "--save-dir", str(copy)])  # fmt: skip
     directory = copy / script.__name__.removeprefix("train_")
@@ -202,7 +202,7 @@ def test_resume_takes_a_path_and_a_finished_run_is_left_alone(copy, tmp_path, ca
     assert (copy / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_subspace_run_goes_on_elsewhere(sampled, tmp_path):
+def test_a_subspace_run_resumes_elsewhere(sampled, tmp_path):
     """--resume PATH in a fresh copy of the trajectory: all files are there, the end is the same."""
     ends = []
     for name, options in (("one", []), ("two", ["--resume", str(tmp_path / "half.pt")])):
@@ -224,7 +224,7 @@ def test_overwrite_removes_the_earlier_run(copy):
     assert len(rows(copy)) == 2
 
 
-def test_milestones_and_start_epoch_set_the_step_size(tmp_path):
+def test_milestones_and_start_epoch_set_the_learning_rate(tmp_path):
     train_sgd.main([*DIGITS, "--epochs", "5", "--milestones", "3", "4", "--save-dir", str(tmp_path),
                     "--start-epoch", "2"])  # fmt: skip
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1, 0.01, 0.001])
@@ -425,7 +425,7 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
 
 
 def test_options_of_pbfgs_reach_the_training(copy, patch):
-    """--alpha leaves the plane, --half runs bfloat16, --accumulate makes fewer steps."""
+    """--alpha leaves the subspace, --half runs bfloat16, --accumulate makes fewer steps."""
     options = [*SUBSPACE, "--epochs", "1", "--save-dir", str(copy), "--overwrite"]
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
 
@@ -650,8 +650,8 @@ def test_samples_are_taken_every_so_many_steps(tmp_path):
             assert same(dict(sample), step)
     config = json.loads((tmp_path / "4" / "config.json").read_text())
     assert config["sample_epochs"] == pytest.approx([0, 4 / 6, 8 / 6, 2], abs=1e-6)
-    plane = ["--params_end", "3", "--n_components", "2", "--epochs", "1"]
-    train_psgd.main([*DIGITS, *plane, "--save-dir", str(tmp_path / "4")])
+    subspace = ["--params_end", "3", "--n_components", "2", "--epochs", "1"]
+    train_psgd.main([*DIGITS, *subspace, "--save-dir", str(tmp_path / "4")])
     rows = report.main([str(tmp_path / "4"), "--out", str(tmp_path / "out")])
     assert [row["total epochs"] for row in rows] == [2, 3], "the last sample took part of epoch 2"
 

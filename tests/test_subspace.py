@@ -106,12 +106,12 @@ def test_psgd_is_projected_sgd_in_the_full_space(tiny, batch, orthonormal):
     basis = orthonormal(5, 166)
     subspace = Subspace(copy.deepcopy(tiny), basis)
     args = type("args", (), {"weight_decay": 0.1})
-    plane = torch.optim.SGD([subspace.coordinates], 0.5, 0.9)
+    projected_sgd = torch.optim.SGD([subspace.coordinates], 0.5, 0.9)
     full = torch.optim.SGD(tiny.parameters(), 0.5, 0.9)
     for _ in range(6):
-        plane.zero_grad()
+        projected_sgd.zero_grad()
         (F.cross_entropy(subspace(images), labels) + engine.l2_penalty(args, subspace)).backward()
-        plane.step()
+        projected_sgd.step()
 
         full.zero_grad()
         F.cross_entropy(tiny(images), labels).backward()
