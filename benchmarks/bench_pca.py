@@ -34,6 +34,12 @@ def write_trajectory(directory: Path, arch: str, samples: int) -> int:
     return utils.flatten(model).numel()
 
 
+def gram(basis: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """The products (k, k) of the rows of two bases (k, n), or of one, in float64 on the CPU."""
+    blocks = (part.split(2**16, dim=1) for part in (basis, basis if other is None else other))
+    return sum(one.double() @ two.double().T for one, two in zip(*blocks, strict=True)).cpu()
+
+
 def run(method: str, directory: Path, arch: str, samples: int, k: int) -> dict[str, float]:
     """One method in this process: seconds, peak memory over the imports', error of PPᵀ = I."""
     names = [name for name, _ in models.build(arch, 10).named_parameters()]
@@ -54,8 +60,7 @@ def run(method: str, directory: Path, arch: str, samples: int, k: int) -> dict[s
         seconds = time.perf_counter() - began
 
     peak = peak_memory(work)
-    gram = sum(block.double() @ block.double().T for block in basis.split(2**16, dim=1)).cpu()
-    error = float((gram - torch.eye(len(gram))).abs().max())
+    error = float((gram(basis) - torch.eye(k)).abs().max())
     return {"seconds": seconds, "gigabytes": peak / 2**30, "error": error}
 
 
