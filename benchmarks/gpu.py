@@ -51,7 +51,7 @@ class Size(NamedTuple):
     files: int  # image files that are streamed
 
 
-SMALL = Size("resnet8", 64, 2, {32: ("", "--half")}, [("resnet8", 6, 5)], 16)
+SMALL = Size("resnet8", 64, 2, {32: ("--half",)}, [("resnet8", 6, 5)], 16)
 FULL = Size(
     arch="resnet20",
     images=12_288,
@@ -108,7 +108,7 @@ def environment() -> Iterator[str]:
     """Hardware and versions, a line each."""
     yield machine()
     if DEVICE == "cuda":
-        gpu = torch.cuda.get_device_properties()
+        gpu = torch.cuda.get_device_properties(0)
         yield (
             f"GPU 0 of {torch.cuda.device_count()}: {gpu.total_memory / 2**30:.0f} GiB, compute "
             f"capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors; "
@@ -191,14 +191,15 @@ def components(directory: Path, arch: str, samples: int, k: int) -> Iterator[lis
     """PCA of samples on disk, on the CPU and on the device."""
     directory.mkdir()
     n, bases = write_trajectory(directory, arch, samples), {}
+    own = "cpu" if DEVICE == "mps" else DEVICE  # where there is float64
 
     def work(device: str) -> None:
         bases[device] = pca(load_samples(directory, 0, samples), k, device=device)[0].cpu()
 
-    seconds = alternate({device: partial(work, device) for device in ("cpu", DEVICE)}, 3)
-    times = [f"{statistics.median(seconds[device]):.2f}" for device in ("cpu", DEVICE)]
-    error = float((gram(bases[DEVICE]) - torch.eye(k)).abs().max())
-    cosines = torch.linalg.svdvals(gram(bases["cpu"], bases[DEVICE]))
+    seconds = alternate({device: partial(work, device) for device in ("cpu", own)}, 3)
+    times = [f"{statistics.median(seconds[device]):.2f}" for device in ("cpu", own)]
+    error = float((gram(bases[own]) - torch.eye(k)).abs().max())
+    cosines = torch.linalg.svdvals(gram(bases["cpu"], bases[own]))
     angle = float((1 - cosines).abs().max())
     result = "ok" if error <= 1e-6 and angle <= 1e-6 else FAILED
     yield [f"{samples}", f"{n:,}", f"{k}", *times, f"{error:.0e}", f"{angle:.0e}", result]
@@ -222,8 +223,8 @@ def pipelines(files: int, directory: Path) -> Iterator[list[str]]:
 
 def measure(page: Page, size: Size, directory: Path) -> None:
     """Write all sections of the page."""
-    switches = dict.fromkeys(one for each in size.batches.values() for one in each)
-    cases = {f"gradient {one}": partial(checks.gradient, one) for one in switches}
+    switches = dict.fromkeys(["", *(one for each in size.batches.values() for one in each)])
+    cases = {f"precision {one}": partial(checks.precision, one) for one in switches}
     cases["training"] = partial(checks.training, directory)
     if size is FULL:
         cases["digits"] = partial(checks.digits, directory / "digits")

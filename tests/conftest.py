@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -83,6 +84,15 @@ def orthonormal():
         return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q.T.contiguous()
 
     return make
+
+
+@pytest.fixture
+def settings_as_they_were():
+    """torch's settings are the process's: what a test switches on must not stay on."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    cli.configure_torch(train_sgd.get_options().parse_args([]))
 
 
 @pytest.fixture
