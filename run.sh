@@ -19,7 +19,7 @@ experiments() {
 usage() {
     cat <<TEXT
 usage: [SETTING=VALUE ...] ./run.sh [EXPERIMENT]
-       ./run.sh test [PYTEST OPTION ...] | bench | lint
+       ./run.sh test [PYTEST OPTION ...] | bench | gpu | lint
 
 experiments (default: cifar where there is CUDA, else digits):
 $(experiments)
@@ -33,7 +33,8 @@ settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifa
   options            more options for all scripts, as in options="--half --compile"
 
 Each experiment is a file, experiments/NAME.sh. An interrupted one resumes when it is called again;
-it ends with a table, and a page with pictures in report/NAME.
+it ends with a table, and a page with pictures in report/NAME. What gpu does in ten minutes is compare
+a GPU's numbers with the CPU's and measure its speed; the page is report/gpu/README.md.
 TEXT
 }
 
@@ -79,6 +80,10 @@ bench)
     prepare requirements.txt
     for name in data pca step engine; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
     ;;
+gpu)
+    prepare requirements.txt
+    PYTHONPATH=. "$python" benchmarks/gpu.py
+    ;;
 lint)
     prepare requirements.txt tests/requirements.txt
     "$python" -m ruff check .
@@ -87,7 +92,7 @@ lint)
 *)
     if [[ -n $target && (! -f experiments/$target.sh || $target == common || $target == */*) ]]; then
         names=$(experiments | awk '{ printf "%s, ", $1 }')
-        refuse "there is no experiment '$target'; allowed: ${names}test, bench, lint, --help"
+        refuse "there is no experiment '$target'; allowed: ${names}test, bench, gpu, lint, --help"
     fi
     prepare requirements.txt
     if [ -z "$target" ]; then

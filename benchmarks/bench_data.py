@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from timing import alternate, show
+from timing import DEVICE, alternate, show
 
 import utils
 
@@ -40,8 +40,7 @@ def main() -> None:
     pixels = np.random.default_rng(0).integers(256, size=(args.images, 32, 32, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     split = utils.Split(images, torch.zeros(args.images, dtype=torch.long), [])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = utils.TensorLoader(split, utils.DATASETS["CIFAR10"], args.batch_size, device, seed=1)
+    ours = utils.TensorLoader(split, utils.DATASETS["CIFAR10"], args.batch_size, DEVICE, seed=1)
     theirs = torch.utils.data.DataLoader(
         Pictures(pixels), args.batch_size, shuffle=True, num_workers=2
     )

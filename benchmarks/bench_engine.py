@@ -28,14 +28,14 @@ SWITCHES = (
 )
 
 
-def write_images(directory: Path, images: int) -> None:
+def write_images(directory: Path, images: int, side: int = 32) -> None:
     """An ImageFolder of random images, in ten classes; as few to test on as there can be."""
     random = np.random.default_rng(0)
     for split, count in (("train", images), ("test", 10)):
         for number in range(count):
             folder = directory / split / str(number % 10)
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            pixels = random.integers(256, size=(side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
 
 

@@ -10,12 +10,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from timing import DEVICE, peak_memory, show
+from timing import DEVICE, peak_memory, show, timed
 
 import checkpoint
 import models
@@ -34,14 +33,19 @@ def write_trajectory(directory: Path, arch: str, samples: int) -> int:
     return utils.flatten(model).numel()
 
 
+def gram(basis: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """The products (k, k) of the rows of two bases (k, n), or of one, in float64 on the CPU."""
+    blocks = (part.split(2**16, dim=1) for part in (basis, basis if other is None else other))
+    return sum(one.double() @ two.double().T for one, two in zip(*blocks, strict=True)).cpu()
+
+
 def run(method: str, directory: Path, arch: str, samples: int, k: int) -> dict[str, float]:
     """One method in this process: seconds, peak memory over the imports', error of PPᵀ = I."""
     names = [name for name, _ in models.build(arch, 10).named_parameters()]
-    seconds, basis = 0.0, torch.empty(0)
+    seconds, basis = [], torch.empty(0)
 
     def work() -> None:
-        nonlocal seconds, basis
-        began = time.perf_counter()
+        nonlocal basis
         states = utils.load_samples(directory, 0, samples)
         if method == "utils.pca":
             basis, _ = utils.pca(states, k, names=names, device=DEVICE)
@@ -51,12 +55,10 @@ def run(method: str, directory: Path, arch: str, samples: int, k: int) -> dict[s
             rows = [np.concatenate([s[name].numpy().ravel() for name in names]) for s in states]
             found = PCA(k, svd_solver=method.split()[1], random_state=0).fit(np.stack(rows))
             basis = torch.from_numpy(found.components_)
-        seconds = time.perf_counter() - began
 
-    peak = peak_memory(work)
-    gram = sum(block.double() @ block.double().T for block in basis.split(2**16, dim=1)).cpu()
-    error = float((gram - torch.eye(len(gram))).abs().max())
-    return {"seconds": seconds, "gigabytes": peak / 2**30, "error": error}
+    peak = peak_memory(lambda: seconds.append(timed(work)))
+    error = float((gram(basis) - torch.eye(k)).abs().max())
+    return {"seconds": seconds[0], "gigabytes": peak / 2**30, "error": error}
 
 
 def table(title: str, cases: list[tuple[str, int, int]], methods: list[str], times: int) -> None:

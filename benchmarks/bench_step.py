@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from timing import DEVICE, alternate, peak_memory, show, spread
 
 import models
+import train_sgd
 import utils
+from cli import parse_args
 from engine import cross_entropy
 from train_pbfgs import PBFGS, Batch, frozen_buffers
 
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    parse_args(train_sgd.get_options(), [])  # torch's settings are the scripts'
     if args.peak:
         name, *settings = args.peak
 

@@ -11,18 +11,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from cli import pick_device
+
+DEVICE = pick_device("auto")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    return next(names, platform.processor() or platform.machine())
 
 
 def machine() -> str:
-    """Processor, cores torch uses, versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else model
+    """The device, the threads of torch, versions."""
+    device = getattr(torch.get_device_module(DEVICE), "get_device_name", processor)()
     versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
     )
     return f"{device}, {torch.get_num_threads()} threads, {versions}"
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds until the device has done what `function` asks of it."""
+    began = time.perf_counter()
+    function()
+    if DEVICE != "cpu":  # so far it may only be queued
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
 
 
 def alternate(
@@ -32,21 +48,20 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 1):
         for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            took = timed(function)
             if repetition:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
     return seconds
 
 
 def peak_memory(function: Callable[[], object]) -> int:
     """Bytes that `function` takes at its peak on the device, or of the process (Linux only)."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    memory = torch.get_device_module(DEVICE)
+    if hasattr(memory, "max_memory_allocated"):
+        memory.reset_peak_memory_stats()
+        before = memory.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated()
+        return memory.max_memory_allocated() - before
     # Not ru_maxrss: a process inherits it from the one that started it.
     before = most_resident()
     function()
@@ -65,11 +80,16 @@ def spread(values: Sequence[float], unit: float = 1e-3) -> str:
     return f"{middle / unit:.1f} ({low / unit:.1f}–{high / unit:.1f})"
 
 
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
     """Print a Markdown table and write it beside this file as JSON."""
     print(f"\n### {title}\n\n{machine()}. {note}\n")
     for row in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(row)} |")
+        print(table_row(row))
     content = {"title": title, "machine": machine(), "note": note}
     content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
     name = title.split(":")[0].replace(" ", "_").lower()

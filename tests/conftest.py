@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+import cli
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -108,6 +109,15 @@ def orthonormal():
         return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q.T.contiguous()
 
     return make
+
+
+@pytest.fixture
+def settings_as_they_were():
+    """torch's settings are the process's: what a test switches on must not stay on."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    cli.configure_torch(train_sgd.get_options().parse_args([]))
 
 
 @pytest.fixture

@@ -14,16 +14,9 @@ import train_psgd
 import train_sgd
 import utils
 
+pytestmark = pytest.mark.usefixtures("settings_as_they_were")
+
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5"]
-
-
-@pytest.fixture(autouse=True)
-def settings_as_they_were():
-    """The settings are the process's: what a test switches on must not stay on."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    cli.configure_torch(train_sgd.get_options().parse_args([]))
 
 
 def weights(save_dir, name="model.th"):

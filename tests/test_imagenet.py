@@ -57,7 +57,7 @@ def test_the_chain(photographs, tmp_path):
             continue  # what is its own is in test_scale.py
         argv = [*photographs, *options, "--save-dir", str(tmp_path / "two")]
         process = torchrun(f"{script.__name__}.py", *argv)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["sample_epochs"] == [i / 2 for i in range(9)]

@@ -371,7 +371,7 @@ def started(tmp_path_factory):
 def test_run_sh_refuses(number, started):
     """What a script refuses is on stdout, after the command, as a log would have it."""
     project, before, processes = started
-    out, error = processes[number].communicate(timeout=100)
+    out, error = processes[number].communicate(timeout=200)
     assert processes[number].returncode == 2, out + error
     lines, message = (out + error).splitlines(), RUN_SH[number][-1]
     assert message in lines[-1]

@@ -352,7 +352,7 @@ def test_a_browser_shows_it(width, dark, made, tmp_path):
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
     command += ["--blink-settings=preferredColorScheme=0"] * dark
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     title = html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1])
     seen = json.loads(title)
     assert len(seen["images"]) == 10

@@ -185,7 +185,7 @@ def test_a_signal_to_the_program(number, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdout.readline()
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=200)
     assert process.returncode == 128 + number
     assert len(error.splitlines()) == 1, error
     assert error.startswith("train_sgd.py: stopped by SIG")
@@ -204,7 +204,7 @@ def test_the_chain_ends_with_its_script(tmp_path):
     ) as process:  # fmt: skip
         assert any("epoch   2/" in line for line in iter(process.stdout.readline, ""))
         os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
     assert process.returncode == 130
     assert output.splitlines()[-1].startswith("train_sgd.py: stopped by SIGINT")
     log = (tmp_path / "save_labelnoise0_resnet20_digits" / "log.txt").read_text()

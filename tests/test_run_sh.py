@@ -241,6 +241,15 @@ def test_another_experiment_is_refused(name, project, tiny):
     assert "allowed: cifar, cifar-small, cost, digits, " in line
 
 
+def test_gpu_runs_its_program_with_the_modules_beside_run_sh(project, tiny):
+    (project / "benchmarks").mkdir()
+    program = "import sys, train_sgd; print(*sys.argv); sys.exit(3)"
+    (project / "benchmarks" / "gpu.py").write_text(program)
+    (project / "train_sgd.py").write_text("")
+    done = run(project, "gpu", PYTHONPATH=tiny)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "benchmarks/gpu.py\n", "")
+
+
 def test_two_experiments_are_refused(project, tiny):
     done = run(project, "digits", "cifar", PYTHONPATH=tiny)
     assert (done.returncode, done.stdout) == (2, "")
@@ -261,7 +270,7 @@ def test_help_tells_every_experiment_setting_and_command(option, project):
     texts = "".join(file.read_text() for file in project.glob("experiments/*.sh"))
     for setting in set(re.findall(r"\$\{([a-z_]+):?[-+]", texts)) - {"small"}:
         assert re.search(rf"^  {setting} ", done.stdout, re.MULTILINE), setting
-    for command in ("test", "bench", "lint"):
+    for command in ("test", "bench", "gpu", "lint"):
         assert command in done.stdout.split("experiments")[0]
 
 

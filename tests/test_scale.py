@@ -201,7 +201,7 @@ def torchrun(*arguments, restarts: int = 0) -> subprocess.Popen:
 
 def wait_for(file, process) -> None:
     """Until there is the file."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not file.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -223,7 +223,7 @@ def test_a_killed_process_ends_the_job_or_restarts_it(restarts, tmp_path):
     process = torchrun(*command, restarts=restarts)
     wait_for(tmp_path / "run" / "checkpoint.pt", process)
     os.kill(one_worker(process), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     if not restarts:
         assert process.returncode == 1
         assert "between processes" in output
@@ -242,23 +242,23 @@ def test_sigterm_saves_and_the_run_resumes(tmp_path):
     process = torchrun(*command)
     wait_for(tmp_path / "run" / "1.pt", process)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert "stopped by SIGTERM; the same command with --resume continues" in output
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert len(saved["rows"]) < 8
     process = torchrun(*command)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert len([line for line in output.splitlines() if "holds a run" in line]) == 1
     process = torchrun(*command, "--resume")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert len([line for line in output.splitlines() if "epoch   8/8" in line]) == 1
     assert "FutureWarning" not in output
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
     command[-3] = tmp_path / "whole"
     process = torchrun(*command)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     whole, broken = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)

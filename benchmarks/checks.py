@@ -1,0 +1,134 @@
+"""Whether training on the device is what it is on the CPU: the checks of gpu.py."""
+
+import json
+import statistics
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timing import DEVICE
+
+import train_pbfgs
+import train_psgd
+import train_sgd
+from cli import parse_args
+from engine import cross_entropy
+from network import build_model
+from utils import load_data, load_state_dict
+
+ROOT = Path(__file__).parent.parent
+METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}
+RUNS = {"SGD": "", "P-SGD": "psgd", "P-BFGS": "pbfgs"}  # the directories of runs in --save-dir
+RANDOM = "--basis random --params_end 1"  # a subspace that needs no trajectory
+FAILED = "**failed**"
+
+
+def run(method: str, options: str, save_dir: Path, name: str | None = None) -> list[dict]:
+    """The metrics rows of a script's run; `name` is its directory in `save_dir`."""
+    name = RUNS[method] if name is None else name
+    own = ["--run", name] if name else []
+    METHODS[method].main([*options.split(), *own, "--save-dir", str(save_dir)])
+    lines = (save_dir / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def check(name: str, cpu: str, device: str, difference: float, allowed: float) -> list[str]:
+    """A row of the table of checks; NaN fails."""
+    result = "ok" if difference <= allowed else FAILED
+    return [name, cpu, device, f"{difference:.1e}", f"{allowed:g}", result]
+
+
+# Relative errors allowed to logits and gradient. ReLUs that rounding switches on or off make the
+# gradient jump, while the logits are continuous: in TensorFloat-32 theirs would be above 1e-4.
+ALLOWED = {"--half": (0.05, 0.3), "--tf32": (0.01, 0.1), "": (1e-4, 0.01)}
+
+
+def precision(switches: str) -> Iterator[list[str]]:
+    """The errors of a batch's logits and gradient, against the CPU's in float64."""
+    results = []
+    for device in ("cpu", "cpu", f"{DEVICE} {switches}"):
+        options = f"--datasets digits --arch resnet8 --device {device}"
+        args = parse_args(train_sgd.get_options(), options.split())
+        data = load_data(args)
+        model, (images, labels) = build_model(args, data).train(), next(data.train.epoch())
+        if not results:
+            model, images = model.double(), images.double()
+        if args.compile:
+            model.compile()
+        loss, logits = cross_entropy(model, images, labels, args.half)
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        results.append([logits.detach().cpu().double(), gradient.cpu().double()])
+    allowed = next(pair for switch, pair in ALLOWED.items() if switch in switches)
+    for name, limit, (exact, *others) in zip(
+        ("logits", "gradient"), allowed, zip(*results, strict=True), strict=True
+    ):
+        cpu, own = (float((other - exact).norm() / exact.norm()) for other in others)
+        name = f"relative error of {name}, {switches or 'float32'}"
+        yield check(name, f"{cpu:.1e}", f"{own:.1e}", own, limit)
+
+
+def training(directory: Path) -> Iterator[list[str]]:
+    """Six steps of each method against the CPU's, and a resumed run against an unbroken one."""
+    digits = "--datasets digits --arch resnet8 --batch-size 256 --deterministic"
+    subspace = f"{digits} --params_end 7 --n_components 5"
+    options = {"SGD": f"{digits} --lr 0.05 --sample-every 2"}
+    options |= {"P-SGD": f"{subspace} --lr 0.3", "P-BFGS": subspace}
+    for method, same in options.items():
+        # P-SGD and P-BFGS all train from the CPU's samples, in the basis that the first computes.
+        places = [(directory / "cpu", method + part) for part in ("", "_whole", "_resumed")]
+        if method == "SGD":
+            places = [(directory / part, "") for part in ("cpu", "whole", "resumed")]
+        epochs = 2 if method == "SGD" else 1
+        cpu = run(method, f"{same} --epochs {epochs} --device cpu --no-channels-last", *places[0])
+        own = run(method, f"{same} --epochs 2", *places[1])
+        losses = [rows[0]["train_loss"] for rows in (cpu, own)]
+        difference = abs(losses[1] / losses[0] - 1)
+        texts = (f"{loss:.6f}" for loss in losses)
+        allowed = 1e-2 if method == "P-BFGS" else 1e-3  # rounding can decide a trial
+        yield check(f"{method}: training loss of epoch 1", *texts, difference, allowed)
+        for more in ("--epochs 1", "--epochs 2 --resume"):
+            run(method, f"{same} {more}", *places[2])
+        one, other = (load_state_dict(Path(*place, "model.th")) for place in places[1:])
+        difference = max(float((one[name].double() - v).abs().max()) for name, v in other.items())
+        yield check(f"{method}: resumed minus unbroken", "", "", difference, 0)
+
+
+def digits(directory: Path) -> Iterator[list[str]]:
+    """`c=0 ./run.sh digits` with seed 1 on the device, against the CPU's means over five seeds."""
+    shell = '. experiments/common.sh; digits_settings; echo "${sgd[@]}"'
+    shell += '; echo "${psgd[@]}"; echo "${pbfgs[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    recorded = json.loads((ROOT / "experiments" / "digits-full.json").read_text())["results"]
+    finals = {line["method"]: line["final"] for line in recorded if line["noise"] == 0}
+    for method, options in zip(METHODS, done.stdout.splitlines(), strict=True):
+        rows = run(method, f"--datasets digits --arch resnet20 {options}", directory)
+        cpu = statistics.mean(finals[method if method == "SGD" else f"{method}, BN update"])
+        own = rows[-1]["test_acc"]
+        name = f"{method}: test accuracy in percent, `./run.sh digits`"
+        yield check(name, f"{cpu:.2f}", f"{own:.2f}", abs(own - cpu), 1.5)
+
+
+def host_syncs(options: str, directory: Path) -> Iterator[list[str]]:
+    """Host syncs a step, trials apart: by how many CUDA tells of more in 8 steps than in 4."""
+    for method in METHODS:
+        counts = []
+        for steps, part in ((4, 0.5), (8, 1)):
+            same = f"{options} --epochs 1 --print-freq 1000 --smalldatasets {part}"
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    subspace = "" if method == "SGD" else RANDOM
+                    (row,) = run(method, f"{same} {subspace}", directory / f"{steps}")
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            count = sum("called a synchronizing" in str(w.message) for w in caught)
+            # Each trial of P-BFGS is one; the last of a step is not rejected.
+            counts.append(count - steps * (1 + row.get("trials", -1)))
+        difference = abs(counts[1] - counts[0]) / 4
+        yield check(f"{method}: host syncs a step, trials apart", "", "", difference, 0)

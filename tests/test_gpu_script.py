@@ -1,0 +1,97 @@
+"""./run.sh gpu in its small size. Oracle: here the device is the CPU, so its numbers are right."""
+
+import itertools
+import re
+
+import checks
+import gpu
+import pytest
+import torch
+
+import engine
+
+pytestmark = pytest.mark.usefixtures("settings_as_they_were")
+
+
+def tables(page: str) -> dict[str, list[list[str]]]:
+    """The cells of each table, by the section's title."""
+    sections = re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    lines = {title: re.findall(r"^\| (.*) \|$", text, re.MULTILINE) for title, text in sections}
+    return {title: [line.split(" | ") for line in rows] for title, rows in lines.items()}
+
+
+def test_the_page_tells_checks_and_measurements(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what it sets would stay set
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert capsys.readouterr().out == page
+    assert f"torch {torch.__version__}" in page
+    assert "\n0 failed; " in page
+    found = tables(page)
+    assert {title: len(rows) - 2 for title, rows in found.items()} == {
+        "Checks": 2 * 2 + 3 * 2, "Step": 4, "PCA": 1, "Data": 2
+    }  # fmt: skip
+    assert all(row[-1] == "ok" for title in ("Checks", "PCA") for row in found[title][2:])
+    assert [row[2] for row in found["Step"][2:]] == ["bare network", "SGD", "P-SGD", "P-BFGS"]
+    for row in found["Step"][2:]:
+        median, low, high = map(float, re.fullmatch(r"(.*) \((.*)–(.*)\)", row[3]).groups())
+        assert 0 < low <= median <= high
+
+
+def test_numbers_of_another_kind_fail(tmp_path, patch):
+    """On the device losses are 1 % too large, and a resumed run has lost its momentum."""
+    cross_entropy = engine.cross_entropy
+
+    def wrong(model, images, labels, half):
+        loss, logits = cross_entropy(model, images, labels, half)
+        device = images.is_contiguous(memory_format=torch.channels_last)
+        return loss * (1.01 if device else 1), logits
+
+    patch("cross_entropy", wrong)
+    patch("load_optimizer", lambda *arguments: None)
+    rows = list(itertools.islice(checks.training(tmp_path), 2))
+    assert [row[0] for row in rows] == [
+        "SGD: training loss of epoch 1", "SGD: resumed minus unbroken"
+    ]  # fmt: skip
+    assert all(row[-1] == checks.FAILED for row in rows), rows
+
+
+def test_fewer_digits_than_said_fail(monkeypatch):
+    """The third evaluation, the device's, has the 10 bits of TensorFloat-32."""
+    calls, cross_entropy = itertools.count(), engine.cross_entropy
+
+    def rounded(model, images, labels, half):
+        images = images.half().float() if next(calls) == 2 else images
+        return cross_entropy(model, images, labels, half)
+
+    monkeypatch.setattr(checks, "cross_entropy", rounded)
+    logits, _ = checks.precision("")
+    assert logits[-1] == checks.FAILED, logits
+
+
+def test_what_fails_is_a_line_and_the_rest_goes_on(tmp_path, capsys):
+    def first():
+        yield ["1", "2"]
+        raise ValueError("no | such\nthing")
+
+    page = gpu.Page(tmp_path)
+    page.table("Title", "Note.", ["a", "b"], {"first": first, "second": lambda: [["3", "4"]]})
+    rows = tables((tmp_path / "README.md").read_text())["Title"][2:]
+    failure = ["first: **failed**, ValueError: no \\| such thing", ""]
+    assert rows == [["1", "2"], failure, ["3", "4"]]
+    assert page.failed == 1
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("code", [1, 130])
+def test_only_ctrl_c_ends_it(code, tmp_path):
+    def stops():
+        yield []
+        raise SystemExit(code)
+
+    page = gpu.Page(tmp_path)
+    if code == 130:
+        with pytest.raises(SystemExit):
+            list(page.attempt("case", stops))
+    else:
+        assert len(list(page.attempt("case", stops))) == 2
