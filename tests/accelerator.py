@@ -170,6 +170,7 @@ _setup_privateuseone_for_python_backend(NAME, MODULE)
 # Kernels are there as long as these are.
 LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 LIBRARIES[0].fallback(run, "PrivateUse1")
+LIBRARIES[0].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 for whole in WHOLE:
     kernel = functools.partial(run, getattr(torch.ops.aten, whole).default)
     LIBRARIES[1].impl(whole, kernel, "PrivateUse1")
