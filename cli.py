@@ -29,7 +29,7 @@ from utils import DATASETS
 def exit_with(message: str, code: int) -> NoReturn:
     """End the program: one line on stderr that says what is wrong, and the exit code."""
     if number := torchrun_rank():
-        time.sleep(5)  # what rank 0 says too it has said by then, and torchrun ends this one
+        time.sleep(15)  # what rank 0 says too it has said by then, and torchrun ends this one
         message = f"process {number}: {message}"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
