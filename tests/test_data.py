@@ -19,12 +19,13 @@ from torchvision.transforms import v2 as transforms
 
 import cli
 import utils
+from options import get_parser
 from utils import DATASETS, Split, TensorLoader, corrupt_labels, crop
 
 
 def arguments(**options):
     """Parsed options with the scripts' defaults."""
-    parser = cli.get_parser("", "resnet8", 1, 0.0)
+    parser = get_parser("", "resnet8", 1, 0.0)
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
