@@ -88,8 +88,9 @@ def pick_device(name: str) -> str:
 def check_combinations(args: argparse.Namespace) -> None:
     """InputError for options that do not go together, or not on this machine."""
     for option, place in (("--save-dir", args.save_dir), ("--data-dir", args.data_dir)):
-        with blame(option):
-            place.exists()  # OSError where one may not look
+        with blame(option):  # OSError where one may not look
+            if place.exists() and not place.is_dir():
+                raise InputError(f"{option} {place}: not a directory")
     started = getattr(args, "start", None) is not None
     for one, other, both in (
         ("--overwrite", "--resume", args.overwrite and args.resume),
