@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from checkpoint import check_config, fingerprint, sample_range, save
 from distributed import all_reduce, on_rank0, print0, same_everywhere, world_size
 from errors import InputError, blame
+from names import BASES
 from network import check_fits, copy_into, load_weights
 from utils import (
     Sample,
@@ -27,8 +28,6 @@ from utils import (
     sample_numbers,
     trainable,
 )
-
-BASES = ("pca", "schmidt", "random")
 
 
 class Basis(NamedTuple):

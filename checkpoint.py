@@ -57,7 +57,7 @@ def replacing(file: Path) -> Iterator[Any]:
             raise
         raise InputError(
             f"{file}: could not be written ({cause.strerror or cause}); the files written before "
-            "are whole, continue with --resume once it can be", 1,
+            "are whole: call again once it can be, to train with --resume", 1,
         ) from error  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, under_torchrun
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -25,16 +25,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def torchrun_rank() -> int:
-    """The rank that torchrun gave this process, known before the process group exists."""
-    return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
 def restart_count() -> int:

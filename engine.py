@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,9 @@ from distributed import (
     rank,
     world_size,
 )
-from errors import InputError, blame
+from errors import InputError, blame, handling
 from network import build_model, copy_into, load_weights
 from utils import Data, batch_sizes, load_data, read_tensors, rng, trainable
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---------------------------------------------------------------------------- loss and tests
 
@@ -145,17 +143,6 @@ def accuracy_text(row: dict) -> str:
 
 class Interrupted(Exception):  # noqa: N818
     """SIGINT or SIGTERM came; raised between two batches."""
-
-
-@contextlib.contextmanager
-def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler`."""
-    earlier = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, former in earlier.items():
-            signal.signal(number, former)
 
 
 class Run:

@@ -1,8 +1,15 @@
-"""Mistakes of the person at the terminal: raised where found, printed by cli.entry_point."""
+"""How a script ends: mistakes of the person at the terminal, and signals, in one line."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InputError(ValueError):
@@ -22,3 +29,41 @@ def blame(what: str = "", kinds: Any = (ValueError, OSError)) -> Iterator[None]:
         raise
     except kinds as error:
         raise InputError(f"{what}: {error}" if what else str(error)) from error
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def exit_with(message: str, code: int) -> NoReturn:
+    """End the program: one line on stderr that says what is wrong, and the exit code."""
+    number = int(os.environ["RANK"]) if under_torchrun() else 0
+    if number:
+        time.sleep(15)  # what rank 0 says too it has said by then, and torchrun ends this one
+        message = f"process {number}: {message}"
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def stop(number: int, frame: Any) -> NoReturn:
+    """A signal handler that ends the program in a line."""
+    if under_torchrun():
+        raise SystemExit(128 + number)
+    exit_with(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+
+def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Let SIGNALS go to `handler`, returns where they went before."""
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGNALS go to `handler`."""
+    earlier = handle(handler)
+    try:
+        yield
+    finally:
+        for number, former in earlier.items():
+            signal.signal(number, former)

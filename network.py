@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import models
 from distributed import in_turn, on_rank0, print0
 from errors import InputError, blame
-from utils import Data, load_state_dict
+from utils import Data, load_state_dict, trainable
 
 
 def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
@@ -34,6 +34,10 @@ def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
 @torch.no_grad()
 def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
     """InputError for a network that such data cannot train or test; leaves it as it was."""
+    with blame(f"--arch {args.arch}"):
+        trainable(model)
+    if not args.evaluate and not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"--arch {args.arch}: has no parameters to train")
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     size, classes = args.image_size, data.num_classes
     # Every network fails in its own way on images too small for it, or on one alone.

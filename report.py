@@ -13,6 +13,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from options import Parser, answer_early, path
+
+
+def get_options() -> Parser:
+    """The command line."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("save_dirs", nargs="+", type=path, metavar="SAVE_DIR")
+    # fmt: off
+    add("--out", type=path, metavar="DIR", default="report",
+        help="directory of index.html, report.md, results.json, pictures")
+    add("--data-dir", type=path, metavar="DIR",
+        help="where the dataset is, if no longer where the runs had it")
+    add("--arch", metavar="NAME",
+        help="package.module:callable, where the network of the runs is one")
+    add("--device", type=str.lower, metavar="DEVICE", default="auto",
+        help="cpu or what accelerator there is, as cuda; auto prefers it")
+    add("--no-data", action="store_true",
+        help="leave out what needs the images: training accuracy and loss landscape")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(get_options())  # the imports take seconds
+
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +47,7 @@ import analysis
 import plots
 import results
 from checkpoint import replacing
-from cli import Parser, entry_point, path, pick_device
+from cli import entry_point, pick_device
 from errors import InputError, blame
 from results import Result, grouped, markdown, noting, plain
 
@@ -115,26 +141,6 @@ def pictures_of(
 
 
 # ------------------------------------------------------------------------------------ page
-
-
-def get_options() -> Parser:
-    """The command line."""
-    parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("save_dirs", nargs="+", type=path, metavar="SAVE_DIR")
-    # fmt: off
-    add("--out", type=path, metavar="DIR", default="report",
-        help="directory of index.html, report.md, results.json, pictures")
-    add("--data-dir", type=path, metavar="DIR",
-        help="where the dataset is, if no longer where the runs had it")
-    add("--arch", metavar="NAME",
-        help="package.module:callable, where the network of the runs is one")
-    add("--device", metavar="DEVICE", default="auto",
-        help="cpu or what accelerator there is, as cuda; auto prefers it")
-    add("--no-data", action="store_true",
-        help="leave out what needs the images: training accuracy and loss landscape")
-    # fmt: on
-    return parser
 
 
 def page(sections: Sequence[Mapping[str, Any]], files: Mapping[str, bytes], **texts: str) -> str:

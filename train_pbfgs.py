@@ -9,22 +9,40 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from options import (
+    Parser,
+    add_subspace_options,
+    answer_early,
+    fraction,
+    get_parser,
+    nonnegative,
+    positive,
+)
+
+
+def get_options() -> Parser:
+    """The command line."""
+    parser = get_parser(__doc__.splitlines()[0], "resnet32", epochs=100, weight_decay=0.0)
+    add_subspace_options(parser)
+    add = parser.groups["training"].add_argument
+    add("--alpha", type=nonnegative, metavar="A", default=0.0,
+        help="learning rate along the gradient outside the subspace")  # fmt: skip
+    add("--gamma", type=fraction, metavar="G", default=0.9, help="momentum of that step")
+    add("--accumulate", type=positive, metavar="N", default=1,
+        help="batches a step; gradient and line search are of all of them")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(get_options())  # importing torch takes seconds
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
 from basis import find_basis, load_start, load_subspace_samples, run_directory
-from cli import (
-    Parser,
-    add_subspace_options,
-    entry_point,
-    fraction,
-    get_parser,
-    nonnegative,
-    parse_args,
-    positive,
-)
+from cli import entry_point, parse_args
 from distributed import all_mean, broadcast, world_size
 from engine import Run, cross_entropy, evaluate_only, l2_penalty
 from network import build_model
@@ -176,19 +194,6 @@ def step_outside(subspace: models.Subspace, optimizer: torch.optim.Optimizer) ->
     """Move the origin along (I − PᵀP) ∇L, the part of the gradient that the subspace leaves out."""
     subspace.origin.grad -= subspace.combine(subspace.coordinates.grad)
     optimizer.step()
-
-
-def get_options() -> Parser:
-    """The command line."""
-    parser = get_parser(__doc__.splitlines()[0], "resnet32", epochs=100, weight_decay=0.0)
-    add_subspace_options(parser)
-    add = parser.add_argument
-    add("--alpha", type=nonnegative, metavar="A", default=0.0,
-        help="learning rate along the gradient outside the subspace")  # fmt: skip
-    add("--gamma", type=fraction, metavar="G", default=0.9, help="momentum of that step")
-    add("--accumulate", type=positive, metavar="N", default=1,
-        help="batches a step; gradient and line search are of all of them")  # fmt: skip
-    return parser
 
 
 @entry_point

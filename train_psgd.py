@@ -5,22 +5,7 @@ python train_psgd.py --arch resnet20 --params_end 81 --epochs 40 --save-dir save
 
 from collections.abc import Sequence
 
-import torch
-
-import models
-from basis import find_basis, load_start, load_subspace_samples, run_directory
-from cli import (
-    Parser,
-    add_schedule_options,
-    add_subspace_options,
-    entry_point,
-    get_parser,
-    parse_args,
-)
-from distributed import data_parallel
-from engine import Run, cross_entropy, evaluate_only, l2_penalty, set_lr
-from network import build_model
-from utils import load_data
+from options import Parser, add_schedule_options, add_subspace_options, answer_early, get_parser
 
 
 def get_options() -> Parser:
@@ -29,6 +14,20 @@ def get_options() -> Parser:
     add_schedule_options(parser, 1.0, "learning rate", [30, 50])
     add_subspace_options(parser)
     return parser
+
+
+if __name__ == "__main__":
+    answer_early(get_options())  # importing torch takes seconds
+
+import torch
+
+import models
+from basis import find_basis, load_start, load_subspace_samples, run_directory
+from cli import entry_point, parse_args
+from distributed import data_parallel
+from engine import Run, cross_entropy, evaluate_only, l2_penalty, set_lr
+from network import build_model
+from utils import load_data
 
 
 @entry_point

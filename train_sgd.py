@@ -10,17 +10,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from basis import check_samples, load_trajectory
-from checkpoint import check_disk, save
-from cli import Parser, add_schedule_options, entry_point, get_parser, natural, parse_args, positive
-from distributed import average_buffers, data_parallel, print0
-from engine import Run, cross_entropy, evaluate, evaluate_only, recompute_statistics, set_lr
-from errors import InputError, blame
-from network import build_model, copy_into
-from utils import average, batch_sizes, load_data
+from options import (
+    Parser,
+    add_schedule_options,
+    answer_early,
+    get_parser,
+    natural,
+    one_of,
+    positive,
+)
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
 # Epochs after which the learning rate drops to a tenth.
@@ -34,14 +32,32 @@ def get_options() -> Parser:
     rates = "learning rate (default: 0.1, with adam and adamw 0.001)"
     usual = " (default: 100 150, on CIFAR100 150, on ImageNet every 30)"
     add_schedule_options(parser, None, rates, None, usual)
-    add = parser.add_argument
+    add = parser.groups["training"].add_argument
+    add("--optimizer", type=one_of("optimizer", list(LEARNING_RATES)), metavar="NAME",
+        default="sgd", help="what trains: sgd, adam or adamw")  # fmt: skip
+    add = parser.groups["run"].add_argument
     add("--average", type=natural, nargs=2, metavar=("START", "END"),
         help="no training: test the weight average of the samples START to END − 1, with "
         "BatchNorm's statistics recomputed")  # fmt: skip
     add("--sample-every", type=positive, metavar="STEPS",
         help="steps between samples, which are numbered 0, 1, … (default: an epoch)")  # fmt: skip
-    add("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="what trains")
     return parser
+
+
+if __name__ == "__main__":
+    answer_early(get_options())  # importing torch takes seconds
+
+import torch
+from torch import nn
+
+from basis import check_samples, load_trajectory
+from checkpoint import check_disk, save
+from cli import entry_point, parse_args
+from distributed import average_buffers, data_parallel, print0
+from engine import Run, cross_entropy, evaluate, evaluate_only, recompute_statistics, set_lr
+from errors import InputError, blame
+from network import build_model, copy_into
+from utils import average, batch_sizes, load_data
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -433,15 +433,24 @@ def check_memory(needed: float, what: str, device: str, cure: str) -> None:
 
 
 def size_text(size: float) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    """Bytes in the largest unit of which they are at least one."""
+    power = max((power for power in range(1, 4) if size >= 1024**power), default=0)
+    return f"{size / 1024**power:.1f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 # ------------------------------------------------------------------ parameters as one vector
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """θ by name: the parameters with requires_grad; of a frozen model all that are real numbers."""
+    """θ by name: the parameters with requires_grad; of a frozen model all that are real numbers.
+
+    Raises ValueError for complex ones, and for those of lazy modules, which have no size yet.
+    """
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.is_complex():
+            raise ValueError(f"{name} is complex; allowed: real numbers (torch.view_as_real)")
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"{name} is of a lazy module; give it its size, or a first batch")
     real = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     return {name: p for name, p in real.items() if p.requires_grad} or real
 
@@ -512,9 +521,10 @@ def read_tensors(file: Path, mmap: bool = False) -> Any:
             mmap = mmap and zipfile.is_zipfile(file)  # files of torch < 1.6 cannot be mapped
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a broken file makes torch raise any of half a dozen kinds
-        raise ValueError(
-            f"{file}: no tensors that can be read, truncated or corrupt ({type(error).__name__})"
-        ) from error
+        why = f"truncated or corrupt ({type(error).__name__})"
+        if "Unsupported" in str(error):  # what torch says of all that is not plain data
+            why = "it holds code, as a pickled model does; save the model's state_dict()"
+        raise ValueError(f"{file}: no tensors that can be read, {why}") from error
 
 
 def load_samples(save_dir: str | Path, start: int, end: int, stride: int = 1) -> list[Sample]:

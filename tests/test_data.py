@@ -19,12 +19,13 @@ from torchvision.transforms import v2 as transforms
 
 import cli
 import utils
+from options import get_parser
 from utils import DATASETS, Split, TensorLoader, corrupt_labels, crop
 
 
 def arguments(**options):
     """Parsed options with the scripts' defaults."""
-    parser = cli.get_parser("", "resnet8", 1, 0.0)
+    parser = get_parser("", "resnet8", 1, 0.0)
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
@@ -35,6 +36,15 @@ def random_split(n=20, size=8, seed=0):
     random = np.random.default_rng(seed)
     images = torch.from_numpy(random.integers(256, size=(n, 3, size, size), dtype=np.uint8))
     return Split(images, torch.arange(n) % 10, list("0123456789"))
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 bytes"), (1023, "1023.0 bytes"), (1024, "1.0 KiB"), (303_136, "296.0 KiB"),
+     (5 * 2**20, "5.0 MiB"), (2**30 - 1, "1024.0 MiB"), (2**40, "1024.0 GiB")],
+)  # fmt: skip
+def test_sizes_have_a_unit_in_which_they_show(size, text):
+    assert utils.size_text(size) == text
 
 
 # label noise

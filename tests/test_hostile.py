@@ -114,6 +114,13 @@ CODE = {
 }
 
 
+def test_a_pickled_network_is_told_what_to_save(run, rejected):
+    torch.save(models.build("resnet8", 10), "weights.th")
+    line = rejected(*read_by("weights.th"))
+    assert "weights.th: no tensors that can be read, it holds code" in line
+    assert "save the model's state_dict()" in line
+
+
 @pytest.mark.parametrize("kind", CODE)
 @pytest.mark.parametrize("file", READERS)
 def test_code_is_refused_and_does_not_run(file, kind, run, rejected):

@@ -11,6 +11,7 @@ from conftest import ROOT
 import models
 import train_pbfgs
 import train_sgd
+from names import SMALL
 
 README = (ROOT / "models" / "README.md").read_text()
 
@@ -59,7 +60,7 @@ def test_published_sizes(arch):
 
 def test_the_names_are_the_published_ones():
     own = {f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110, 1202)}
-    assert models.SMALL.keys() == EXACT.keys() | WITHIN_A_HUNDREDTH.keys() | OTHER.keys() | own
+    assert SMALL.keys() == EXACT.keys() | WITHIN_A_HUNDREDTH.keys() | OTHER.keys() | own
 
 
 @pytest.mark.parametrize("arch", [*EXACT, *WITHIN_A_HUNDREDTH, *OTHER])
@@ -165,7 +166,7 @@ def test_the_list_of_networks(capsys):
         told += names
         ends = [f"{end(sizes[name] for name in names) / 1e6:.2f}" for end in (min, max)]
         assert millions == " – ".join(dict.fromkeys(ends))
-    assert sorted(told) == sorted(models.SMALL)
+    assert sorted(told) == sorted(SMALL)
 
 
 @pytest.mark.parametrize("arch", ["stochasticdepth18", "efficientnet"])

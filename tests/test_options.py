@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import DIGITS
 from PIL import Image
 
 import models
+import names
 import report
 import train_pbfgs
 import train_psgd
 import train_sgd
+import utils
 
 SGD, PSGD, PBFGS = train_sgd, train_psgd, train_pbfgs
 ALL = (SGD, PSGD, PBFGS)
@@ -58,7 +62,9 @@ BAD_VALUES = [
     ((SGD,), "--image-size 32", "--image-size 32: allowed with digits: 8"),
     ((PSGD, PBFGS), "--image-size 32", "--image-size: 32 here, 8 in"),
     (ALL, "--nonsense", "unrecognized arguments: --nonsense"),
-    (ALL, "--batch 3", "unrecognized arguments: --batch"),
+    (ALL, "--batch 3", "unrecognized arguments: --batch 3; did you mean --batch-size?"),
+    (ALL, "--Dataset=digits", "unrecognized arguments: --Dataset=digits; did you mean --datasets?"),
+    ((PSGD, PBFGS), "--n_component 3", "did you mean --n_components?"),
     (ALL, "--pretrained nowhere.th", "--pretrained: nowhere.th: there is no such file"),
     (ALL, "--resume nowhere.pt", "--resume: nowhere.pt: there is no such file"),
     (ALL, "--resume --overwrite", "--overwrite: not with --resume"),
@@ -68,9 +74,9 @@ BAD_VALUES = [
     ((SGD, PSGD), "--lr nan", "'nan' is not a number from 0"),
     ((SGD, PSGD), "--momentum 2", "--momentum: '2' is not a number from 0 to 1"),
     ((SGD, PSGD), "--milestones 3.5", "--milestones: '3.5' is not a whole number from 0"),
-    ((SGD,), "--optimizer lbfgs", "--optimizer: invalid choice: 'lbfgs' (choose from"),
+    ((SGD,), "--optimizer lbfgs", "there is no optimizer 'lbfgs'; allowed: sgd, adam, adamw"),
     ((SGD,), "--pretrained", "torchvision has no weights for resnet8; name a file"),
-    ((SGD, PSGD), "--schedule step", "--schedule: invalid choice: 'step' (choose from"),
+    ((SGD, PSGD), "--schedule step", "--schedule: there is no schedule 'step'; allowed: cosine"),
     ((SGD, PSGD), "--schedule cosine --milestones 3", "--milestones: not allowed with argument"),
     ((SGD,), "--arch alexnet", "--arch alexnet: cannot take images of 8 × 8 pixels"),
     ((PSGD, PBFGS), "--n_components 0", "is not a whole number from 1, or a fraction"),
@@ -92,7 +98,9 @@ BAD_VALUES = [
     ((PBFGS,), "--gamma 2", "--gamma: '2' is not a number from 0 to 1"),
     ((PBFGS,), "--accumulate 0", "--accumulate: '0' is not a whole number from 1"),
     ((PBFGS,), "--lr 1", "unrecognized arguments: --lr 1"),
-    (ALL, "--arch ResNet20", "there is no network 'ResNet20'; did you mean resnet"),
+    (ALL, "--arch ResNet21", "there is no network 'ResNet21'; did you mean resnet"),
+    (ALL, "--datasets Cifar-10", "there is no dataset 'Cifar-10'; did you mean CIFAR10"),
+    ((SGD,), "--optimizer AdamWW", "there is no optimizer 'AdamWW'; did you mean adamw or adam?"),
     (ALL, "--arch ''", "there is no network ''; allowed: resnet8"),
     (ALL, "--arch", "expected one argument"),
     (ALL, "--datasets ''", "there is no dataset ''; allowed: digits, CIFAR10"),
@@ -119,30 +127,30 @@ BAD_VALUES = [
     (ALL, "--overwrite=no", "ignored explicit argument 'no'"),
     (ALL, "--channels-last=no", "ignored explicit argument 'no'"),
     (ALL, "extra", "unrecognized arguments: extra"),
-    ((SGD,), "--save-dir /dev/null", "File exists: '/dev/null'"),
+    (ALL, "--save-dir /dev/null", "--save-dir /dev/null: not a directory"),
     ((SGD,), "--save-dir /dev/null/run", "Not a directory: '/dev/null/run'"),
-    ((SGD,), "--datasets ImageFolder --data-dir /dev/null", "has no directory /dev/null/train"),
+    ((SGD,), "--datasets ImageFolder --data-dir /dev/null", "/dev/null: not a directory"),
     ((SGD,), "--datasets ImageNet --data-dir nowhere", "has no directory nowhere/train"),
     ((SGD,), "--datasets CIFAR10 --image-size 8", "--image-size 8: allowed with CIFAR10: 32"),
-    ((SGD,), "--optimizer ''", "invalid choice: '' (choose from"),
-    ((SGD,), "--optimizer SGD", "invalid choice: 'SGD' (choose from"),
+    ((SGD,), "--optimizer ''", "there is no optimizer ''; allowed: sgd, adam, adamw"),
     ((SGD,), "--milestones 3 x", "'x' is not a whole number from 0"),
     ((SGD,), "--params_end 5", "unrecognized arguments: --params_end 5"),
     ((SGD, PSGD), "--alpha 1", "unrecognized arguments: --alpha 1"),
     ((PSGD, PBFGS), "--optimizer adam", "unrecognized arguments: --optimizer adam"),
-    ((PSGD, PBFGS), "--basis-dtype float16", "invalid choice: 'float16' (choose from"),
-    ((PSGD, PBFGS), "--basis-dtype ''", "invalid choice: '' (choose from"),
+    ((PSGD, PBFGS), "--basis-dtype float16", "there is no type 'float16'; did you mean"),
+    ((PSGD, PBFGS), "--basis-dtype ''", "there is no type ''; allowed: float32, bfloat16"),
     ((PSGD, PBFGS), "--params_end 0", "--params_end 0: allowed: above --params_start 0"),
     ((PSGD, PBFGS), "--params_start 5 --params_end 3", "allowed: above --params_start 5"),
     ((PSGD, PBFGS), "--params_start 5", "--n_components: 3 of 2 samples; allowed: at most 1"),
     ((PSGD, PBFGS), "--params_stride 2147483647", "3 of 1 samples; allowed: at most 0"),
     ((PSGD, PBFGS), "--params_end 1 --n_components 0.5", "0.5 of 1 samples; allowed: at most 0"),
     ((PSGD, PBFGS), "--n_components 99999999999999999999", "allowed: at most 6"),
-    ((PSGD, PBFGS), "--save-dir /dev/null", "--save-dir /dev/null: there is no such directory"),
     ((PSGD, PBFGS), "--save-dir .", ". lacks the samples 0, 1, …, 6; there are none"),
     ((PSGD, PBFGS), "--basis nowhere.npz", "No such file or directory: 'nowhere.npz'"),
-    ((PSGD, PBFGS), "--basis PCA", "No such file or directory: 'PCA'"),
-    ((PSGD, PBFGS), "--basis ''", "Is a directory: '.'"),
+    ((PSGD, PBFGS), "--basis pcb", "there is no basis 'pcb'; did you mean pca?"),
+    ((PSGD, PBFGS), "--basis foo", "allowed: pca, schmidt, random or a file, .npz or .npy"),
+    ((PSGD, PBFGS), "--basis ''", "allowed: pca, schmidt, random or a file, .npz or .npy"),
+    ((PSGD, PBFGS), "--basis .", "Is a directory: '.'"),
     ((PSGD, PBFGS), "--basis random --n_components 0.5", "0.5: allowed with --basis random: a"),
     (
         (PSGD, PBFGS),
@@ -230,7 +238,7 @@ BAD_TYPES = [
         "a whole number from 1, or a fraction of the variance between 0 and 1",
         f"0 -1 0.0 -0.5 1.0 1.5 1e2 {NUMBER}",
     ),
-    ((PSGD, PBFGS), "--start", "a whole number from 0 to 2³¹ − 1", f"-1 {WHOLE}"),
+    ((PSGD, PBFGS), "--start", "the number of a sample, or mean", f"-1 median {WHOLE}"),
     ((PSGD, PBFGS), "--run", "a name, as psgd_random", "'' . .. ../x a/b /tmp 1 _ -1 'a b'"),
     ((PBFGS,), "--alpha", "a number from 0", f"-1 1e999 {NUMBER}"),
     ((PBFGS,), "--gamma", "a number from 0 to 1", f"-0.1 1.01 {NUMBER}"),
@@ -621,6 +629,60 @@ def test_the_line_is_all_that_a_terminal_shows(tmp_path):
     assert run.stdout == ""
     start = "train_sgd.py: argument --corrupt: '2' is not a number from 0 to 1"
     assert run.stderr == start + " (--help lists the options)\n"
+
+
+@pytest.mark.parametrize("script", [*ALL, report])
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--help"], 0, "show this help"),
+        (["--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["--arch", "resnet21"], 2, "there is no network 'resnet21'"),
+        (["--datasets", "cats"], 2, "there is no dataset 'cats'"),
+        (["--corrupt", "2"], 2, "'2' is not a number from 0 to 1"),
+        ([], 130, "stopped by SIGINT"),
+    ],
+)
+def test_answers_do_not_wait_for_torch(options, code, says, script, tmp_path):
+    """Oracle: a torch that is Ctrl-C at its import, as it comes while one waits for it."""
+    if script is report and code:
+        options = ["."] if code == 130 else [".", "--nonsense"]
+        says = says if code == 130 else "unrecognized arguments: --nonsense"
+    for package in ("torch", "jinja2"):
+        code_of = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+        (tmp_path / f"{package}.py").write_text(code_of)
+    command = [sys.executable, Path(script.__file__), *options]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert says in run.stdout + run.stderr
+    assert len(run.stderr.splitlines()) == (code > 0)
+
+
+def test_names_known_without_torch_are_all_there_are():
+    """Oracles: torchvision's list, and the datasets that can be read."""
+    assert torchvision.models.list_models(module=torchvision.models) == names.LARGE
+    assert tuple(utils.DATASETS) == names.DATASETS
+
+
+def test_case_does_not_matter():
+    words = "--datasets cifar10 --arch ResNet20 --optimizer AdamW --schedule Cosine --device CPU"
+    args = train_sgd.get_options().parse_args(words.split())
+    found = args.datasets, args.arch, args.optimizer, args.milestones, args.device
+    assert found == ("CIFAR10", "resnet20", "adamw", "cosine", "cpu")
+    words = "--basis PCA --start Mean --basis-dtype BFloat16"
+    args = train_psgd.get_options().parse_args(words.split())
+    assert (args.basis, args.start, args.basis_dtype) == ("pca", "mean", "bfloat16")
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_help_groups_its_options(script):
+    text = script.get_options().format_help()
+    groups = ["data", "network", "training", "subspace", "run", "machine"]
+    expected = [group for group in groups if script is not SGD or group != "subspace"]
+    assert re.findall(r"^(\w.*):$", text, re.MULTILINE) == ["options", *expected]
+    ungrouped = text.split("options:")[1].split("data:")[0]
+    assert re.findall(r"--\S+", ungrouped) == ["--help"]
 
 
 @pytest.mark.parametrize("script", ALL)

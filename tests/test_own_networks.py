@@ -15,6 +15,7 @@ import utils
 from basis import random_basis
 
 MODULE = """
+import torch
 from torch import nn
 
 def small(num_classes):
@@ -35,6 +36,23 @@ def few(num_classes):
 
 def rows(num_classes):
     return small(num_classes)[:-2]
+
+def lazy(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+def frozen(num_classes):
+    return small(num_classes).requires_grad_(False)
+
+def none(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(num_classes))
+
+class spectrum(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(192, num_classes, dtype=torch.complex64))
+
+    def forward(self, images):
+        return (images.flatten(1).to(torch.complex64) @ self.weight).abs()
 
 class pair(nn.Module):
     def __init__(self, num_classes):
@@ -87,6 +105,10 @@ def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, ca
         ("rows", "gives (2, 8, 6, 6) for two images"),
         ("pair", "gives tuple for two images"),
         ("fails", "not for training"),
+        ("lazy", "1.weight is of a lazy module; give it its size"),
+        ("frozen", "has no parameters to train"),
+        ("none", "has no parameters to train"),
+        ("spectrum", "weight is complex; allowed: real numbers"),
     ],
 )
 def test_a_network_that_cannot_be_trained_here_is_refused(name, message, module, tmp_path, refused):

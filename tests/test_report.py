@@ -539,6 +539,19 @@ def test_what_cannot_be_written_is_refused(runs, refused, tmp_path):
     assert "--out: " in refused(report.main, options)
 
 
+def test_a_full_disk_is_a_line(sampled, capsys, tmp_path, undrawn):
+    """Oracle: /dev/full, which is where the page is written to at first."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.html.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as exit:
+        report.main([str(sampled), "--no-data", "--out", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 1
+    assert "index.html: could not be written (No space left on device)" in line
+    assert "call again once it can be" in line
+    assert not (tmp_path / "out" / "index.html").exists()
+
+
 def test_a_report_without_images_and_samples(runs, tmp_path, undrawn):
     """What is asked to be left out, and what has been removed."""
     for name in ("one", "noisy"):

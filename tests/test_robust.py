@@ -281,7 +281,7 @@ def test_samples_that_will_not_fit_are_refused(tmp_path, refused, monkeypatch, c
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if fits:
             train_sgd.main([str(word) for word in argv])
-            assert "12 samples of 0.3 MiB" in capsys.readouterr().out
+            assert "12 samples of 296.0 KiB" in capsys.readouterr().out
         else:
             assert "--save-dir" in refused(train_sgd.main, argv)
             assert not (tmp_path / "a").exists()
@@ -293,7 +293,7 @@ def test_what_is_overwritten_takes_no_room(sampled, tmp_path, monkeypatch, capsy
     free = usage._replace(free=12 * 303_136)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     train_sgd.main([*DIGITS, "--epochs", "11", "--save-dir", str(save_dir), "--overwrite"])
-    assert "12 samples of 0.3 MiB" in capsys.readouterr().out
+    assert "12 samples of 296.0 KiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("components", ["5", "0.99999"])

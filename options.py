@@ -1,0 +1,284 @@
+"""The options of the scripts; without torch, so that --help and mistakes are answered at once."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from errors import InputError, exit_with, handle, stop
+from names import ARCHITECTURES, BASES, DATASETS
+
+GROUPS = ("data", "network", "training", "subspace", "run", "machine")  # of options, in --help
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with `groups` that shows defaults, and raises InputError."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.groups = {title: self.add_argument_group(title) for title in GROUPS}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        """As usual, but an option that there is not is answered with the nearest."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0].lower()
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong without the usage, which is a screenful here."""
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def answer_early(parser: Parser) -> None:
+    """Answer --help and mistakes, and from now on Ctrl-C, before torch is imported."""
+    handle(stop)
+    try:
+        parser.parse_args()
+    except InputError as error:
+        exit_with(str(error), error.exit_code)
+
+
+# ------------------------------------------------------------------------------ types of values
+
+
+def between(
+    kind: type, low: float, high: float = 1e38, above: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: an int or float from `low`, or with `above` above it, to `high`."""
+    what = "a whole number" if kind is int else "a number"
+    ends = {2**31 - 1: "2³¹ − 1", 1e38: "1e38"}
+    start = f"above {low}, at most" if above else f"from {low} to"
+    allowed = f"{what} {start} {ends.get(high, high)}"
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and not (above and value == low):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+
+    return parse
+
+
+positive = between(int, 1, 2**31 - 1)
+natural = between(int, 0, 2**31 - 1)
+nonnegative = between(float, 0)
+fraction = between(float, 0, 1)
+
+
+def components(text: str) -> int | float:
+    """An argparse type: how many components, or the fraction of variance they are to explain."""
+    with contextlib.suppress(ValueError):
+        value = int(text) if text.isdecimal() else float(text)
+        if value >= 1 if text.isdecimal() else 0 < value < 1:
+            return value
+    allowed = "a whole number from 1, or a fraction of the variance between 0 and 1"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+
+
+def sample_or_mean(text: str) -> int | str:
+    """An argparse type: the number of a sample, or "mean"."""
+    if text.lower() == "mean":
+        return "mean"
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return natural(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not the number of a sample, or mean")
+
+
+def basis(text: str) -> str:
+    """An argparse type: a kind of basis, or the file that holds one."""
+    file = Path(text).suffix in (".npy", ".npz") or (text and Path(text).exists())
+    return text if file else one_of("basis", BASES, " or a file, .npz or .npy")(text)
+
+
+def run_name(text: str) -> str:
+    """An argparse type: a directory name that cannot lead out of --save-dir."""
+    if re.fullmatch(r"[A-Za-z][\w.-]*", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a name, as psgd_random")
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path that a file system can have."""
+    if not text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path of names of 1 to 255 bytes")
+    return Path(text)
+
+
+def one_of(what: str, names: Sequence[str], others: str = "") -> Callable[[str], str]:
+    """An argparse type: one of `names` in any case; a near miss is answered with the nearest."""
+    by_case = {name.lower(): name for name in names}
+
+    def parse(text: str) -> str:
+        if text.lower() in by_case:
+            return by_case[text.lower()]
+        near = difflib.get_close_matches(text.lower(), by_case, cutoff=0.5)
+        hint = f"did you mean {' or '.join(by_case[name] for name in near)}?"
+        hint = hint if near else f"allowed: {', '.join(names)}{others}"
+        raise argparse.ArgumentTypeError(f"there is no {what} {text!r}; {hint}")
+
+    return parse
+
+
+def network(text: str) -> str:
+    """An argparse type: a network's name, package.module:callable, or `list`, which prints them."""
+    if text == "list":
+        import models  # with torch, which other answers need not wait for
+
+        print(models.listing())
+        raise SystemExit(0)
+    own = re.fullmatch(r"[\w.]+:\w+", text)
+    return text if own else one_of("network", ARCHITECTURES)(text)
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+# One option a row reads as the table it is.
+# fmt: off
+def get_parser(description: str, arch: str, epochs: int, weight_decay: float) -> Parser:
+    """The options that the three scripts have in common, with a script's own defaults."""
+    parser = Parser(description)
+    add_data_options(parser)
+    add_network_options(parser, arch)
+    add_training_options(parser, epochs, weight_decay)
+    add_run_options(parser)
+    add_machine_options(parser)
+    return parser
+
+
+def add_data_options(parser: Parser) -> None:
+    """Add what says which images and labels there are."""
+    add = parser.groups["data"].add_argument
+    add("--datasets", type=one_of("dataset", DATASETS), metavar="NAME", default="CIFAR10",
+        help=", ".join(DATASETS))
+    add("--data-dir", type=path, metavar="DIR", default="../data",
+        help="where the dataset is, or is downloaded to")
+    add("--image-size", type=positive, metavar="PIXELS",
+        help="side of the images of ImageFolder and ImageNet (default: 32 and 224)")
+    add("--corrupt", type=fraction, metavar="C", default=0.0,
+        help="fraction of the training labels replaced by ones drawn uniformly over all classes")
+    add("--smalldatasets", type=between(float, 0, 1, above=True), metavar="P",
+        help="train on a random fraction P of the training images")
+
+
+def add_network_options(parser: Parser, arch: str) -> None:
+    """Add what says which network is trained, and from where."""
+    add = parser.groups["network"].add_argument
+    add("-a", "--arch", type=network, metavar="NAME", default=arch,
+        help="a network (`--arch list` prints them all), or package.module:callable, which is "
+        "called with num_classes")
+    add("--pretrained", type=path, nargs="?", const=True, metavar="PATH",
+        help="start from these weights (without PATH: torchvision's, where it has them)")
+
+
+def add_training_options(parser: Parser, epochs: int, weight_decay: float) -> None:
+    """Add how long is trained, on what batches, from which seed."""
+    add = parser.groups["training"].add_argument
+    add("--epochs", type=positive, metavar="N", default=epochs, help="number of the last epoch")
+    add("--start-epoch", type=natural, metavar="N", default=0,
+        help="epochs taken as done at the start; --resume knows by itself")
+    add("-b", "--batch-size", type=positive, metavar="N", default=128, help="images a batch")
+    add("--weight-decay", "--wd", type=nonnegative, metavar="W", default=weight_decay,
+        help="L2 penalty: W / 2 times the squared norm of all parameters")
+    add("--randomseed", type=natural, metavar="N", default=1,
+        help="seed of initialization, label corruption, data order and augmentation")
+
+
+def add_run_options(parser: Parser) -> None:
+    """Add where a run's files are, when they are written, and what becomes of earlier ones."""
+    add = parser.groups["run"].add_argument
+    add("--save-dir", type=path, metavar="DIR", default="save_temp",
+        help="directory of the trajectory, and of the runs in its subspaces")
+    add("--save-every", type=positive, metavar="N", default=10,
+        help="write checkpoint.pt and model.th every N epochs, and at the end")
+    add("--resume", type=path, nargs="?", const=True, metavar="PATH",
+        help="continue from this checkpoint (without PATH: the run's own, if there is one)")
+    add("--overwrite", action="store_true", help="replace an earlier run in the same directory")
+    add("-e", "--evaluate", action="store_true",
+        help="only test, the weights of --pretrained or --resume, else the run's own model.th")
+    add("-p", "--print-freq", type=positive, metavar="N", default=50,
+        help="every N batches, look whether the loss is finite, and show it on a terminal")
+
+
+def add_machine_options(parser: Parser) -> None:
+    """Add what is computed where and how, and does not change what is computed but by rounding."""
+    add = parser.groups["machine"].add_argument
+    add("--device", type=str.lower, metavar="DEVICE", default="auto",
+        help="cpu, cuda, mps, xpu …; auto is the accelerator that torch sees, else cpu")
+    add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
+    add("--channels-last", action=argparse.BooleanOptionalAction,
+        help="give the network its images in channels_last memory format (default: on the CPU)")
+    add("--compile", action="store_true", help="compile the network (torch.compile)")
+    add("--threads", type=between(int, 1, 1024), metavar="N",
+        help="CPU threads (default: as torch decides)")
+    add("-j", "--workers", type=natural, metavar="N", default=4,
+        help="threads or processes that decode image files")
+    add("--test-batch-size", type=positive, metavar="N",
+        help="images a batch of a test (default: 500 up to 64 pixels, fewer for larger images)")
+    add("--sync-bn", action="store_true",
+        help="under torchrun on CUDA, BatchNorm normalizes with the batches of all processes")
+    add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
+    add("--deterministic", action="store_true",
+        help="give the same bits at every run, on CUDA too; an operation that cannot is an error")
+
+
+def add_schedule_options(
+    parser: Parser, lr: float | None, lr_help: str, milestones: list[int] | None, usual: str = ""
+) -> None:
+    """Add what SGD needs, whatever it moves: learning rate, momentum, schedule."""
+    group = parser.groups["training"]
+    add = group.add_argument
+    add("--lr", "--learning-rate", type=nonnegative, metavar="LR", default=lr, help=lr_help)
+    add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
+        help=f"after N epochs the learning rate drops to a tenth{usual}")
+    add("--schedule", dest="milestones", type=one_of("schedule", ["cosine"]), metavar="cosine",
+        help="instead, the learning rate falls along half a cosine, to 0 after --epochs")
+
+
+def add_subspace_options(parser: Parser) -> None:
+    """Add what says which samples span the subspace, and how many directions of them to keep."""
+    add = parser.groups["subspace"].add_argument
+    add("--n_components", "--n-components", type=components, metavar="K",
+        help="directions to keep, or the fraction of the samples' variance to explain, as 0.99 "
+        "(default: 40, or one less than samples)")
+    add("--params_start", "--params-start", type=natural, metavar="N", default=0,
+        help="first sample, where training in the subspace starts from")
+    add("--params_end", "--params-end", type=natural, metavar="N",
+        help="one past the last sample (default: 51, or all where there are fewer)")
+    add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
+        help="take every N-th sample")
+    add("--basis", type=basis, metavar="BASIS", default="pca",
+        help="pca; schmidt: all that the samples span, whatever K; random: K random directions; "
+        "or a file, .npz or .npy")
+    add("--start", type=sample_or_mean, metavar="N",
+        help="train from this sample, or from their mean (default: --params_start)")
+    add("--bn-update", action="store_true",
+        help="before each test, recompute BatchNorm's statistics over the training images")
+    add("--shard-basis", action="store_true",
+        help="under torchrun, each process keeps its part of the basis' columns")
+    add("--basis-dtype", type=one_of("type", ["float32", "bfloat16"]), metavar="TYPE",
+        default="float32",
+        help="how the basis is kept; bfloat16 takes half the memory")
+    add = parser.groups["run"].add_argument
+    add("--run", type=run_name, metavar="NAME",
+        help="directory in --save-dir (default: the method's, with --basis and --start if given)")
+# fmt: on
