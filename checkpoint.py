@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from distributed import on_rank0, print0, rank, restart_count, world_size
 from errors import InputError, blame
 from network import check_finite_values, check_fits
-from utils import read_tensors, size_text
+from utils import PREPROCESSING, read_tensors, size_text
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
-RESUMED = (*EXPERIMENT, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
+SHARED = (*EXPERIMENT, *PREPROCESSING)
+RESUMED = (*SHARED, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
 RESUMED += ("sample_every", "average")
 # These too in an epoch, or where samples count steps.
 MIDWAY = ("batch_size", "accumulate", "start_epoch")
@@ -144,7 +145,7 @@ def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
     if not file.exists():
         return False
     with blame(f"{file}: not readable", Exception):
-        check_same(args, json.loads(file.read_text())["arguments"], EXPERIMENT, file)
+        check_same(args, json.loads(file.read_text())["arguments"], SHARED, file)
     return True
 
 
@@ -157,11 +158,13 @@ def recorded_options(file: Path) -> list[str]:
         return []
     with blame(f"{file}: not readable", Exception):
         arguments = json.loads(file.read_text())["arguments"]
-        values = {name: arguments.get(name) for name in (*EXPERIMENT, "data_dir")}
-    return [
-        f"--{name.replace('_', '-')}={value}" for name, value in values.items()
-        if value is not None and not (name == "arch" and ":" in str(value))
-    ]  # fmt: skip
+        values = {name: arguments.get(name) for name in (*SHARED, "data_dir")}
+    words = []
+    for name, value in values.items():
+        if value is not None and not (name == "arch" and ":" in str(value)):
+            several = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, several)]
+    return words
 
 
 def check_config(args: argparse.Namespace, file: Path) -> None:

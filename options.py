@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
         """As usual, but an option that there is not is answered with the nearest."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            word = unknown[0].partition("=")[0].lower()
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            word, flags = unknown[0].partition("=")[0].lower(), self._option_string_actions
+            begun = [flag for flag in flags if word[:2] == "--" and flag.startswith(word)]
+            near = begun or difflib.get_close_matches(word, flags, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed
@@ -172,6 +173,14 @@ def add_data_options(parser: Parser) -> None:
         help="where the dataset is, or is downloaded to")
     add("--image-size", type=positive, metavar="PIXELS",
         help="side of the images of ImageFolder and ImageNet (default: 32 and 224)")
+    add("--mean", type=fraction, nargs=3, metavar="M",
+        help="mean of each channel, of pixels from 0 to 1 (default: the dataset's)")
+    add("--std", type=between(float, 0, 1, above=True), nargs=3, metavar="S",
+        help="standard deviation of each channel (default: the dataset's)")
+    add("--no-augment", action="store_const", const=True,
+        help="train on the images as they are, neither cropped at random nor mirrored")
+    add("--no-flip", action="store_const", const=True,
+        help="do not mirror the training images, as those of text")
     add("--corrupt", type=fraction, metavar="C", default=0.0,
         help="fraction of the training labels replaced by ones drawn uniformly over all classes")
     add("--smalldatasets", type=between(float, 0, 1, above=True), metavar="P",

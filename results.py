@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import EXPERIMENT, fingerprint
+from checkpoint import EXPERIMENT, PREPROCESSING, fingerprint
 
 # What seeds of one experiment have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
-SETTINGS += ("image_size",)
+SETTINGS += ("image_size", *PREPROCESSING)
 ACCURACIES = ("final", "best", "train", "correct labels", "wrong labels")
 COST = (
     "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "

@@ -59,8 +59,12 @@ class Dataset(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     image_size: int
-    padding: int = 4  # zeros around the raw image, before a random crop to its size
+    padding: int = 4  # zeros around the raw image, before a random crop to its size; 0: no crop
     flip: bool = True
+
+
+# The options that change mean, std, padding and flip.
+PREPROCESSING = ("mean", "std", "no_augment", "no_flip")
 
 
 class Data(NamedTuple):
@@ -171,10 +175,11 @@ class FileLoader:
         self.files, self.labels, self.batch_size = split.images, split.labels, batch_size
         self.device, self.seed, self.layout = device, seed, layout
         self.workers = min(workers, os.cpu_count() or 1)
-        if seed is None:
-            cut = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]  # 256 for 224
-        else:
-            cut = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        cut = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]  # 256 for 224
+        if dataset.padding and seed is not None:
+            cut = [transforms.RandomResizedCrop(size)]
+        if dataset.flip and seed is not None:
+            cut.append(transforms.RandomHorizontalFlip())
         to_float = transforms.ToDtype(torch.float32, scale=True)
         normalize = transforms.Normalize(dataset.mean, dataset.std)
         self.transform = transforms.Compose([transforms.PILToTensor(), *cut, to_float, normalize])
@@ -317,6 +322,17 @@ DATASETS = {
 }
 
 
+def dataset_of(args: argparse.Namespace) -> Dataset:
+    """The row of DATASETS that the options name, with what they change of it."""
+    given = {name: getattr(args, name, None) for name in PREPROCESSING}  # earlier versions had none
+    changed = {name: given[name] for name in ("mean", "std") if given[name]}
+    if given["no_flip"] or given["no_augment"]:
+        changed["flip"] = False
+    if given["no_augment"]:
+        changed["padding"] = 0
+    return DATASETS[args.datasets]._replace(**changed)
+
+
 def check_split(args: argparse.Namespace, name: str, split: Split, classes: int, each: int) -> None:
     """Raise InputError unless the split is images and labels of the dataset, enough for all."""
     dataset, n = DATASETS[args.datasets], len(split.images)
@@ -366,7 +382,7 @@ def make_loader(
 
     The default `batch_size` is that of a test.
     """
-    dataset, make, size = DATASETS[args.datasets], TensorLoader, args.image_size
+    dataset, make, size = dataset_of(args), TensorLoader, args.image_size
     if batch_size is None:
         area = max(1.0, (size / IN_MEMORY_PIXELS) ** 2)
         batch_size = getattr(args, "test_batch_size", None) or max(1, int(TEST_BATCH / area))

@@ -79,8 +79,10 @@ run_all() {
     fi
     for command in "${runs[@]}"; do
         number=$((number + 1))
+        export TQDM_BAR_FORMAT="[$number/${#runs[@]}] {l_bar}{bar}{r_bar}"
         eval "logged '[$number/${#runs[@]}]' $command"
     done
+    export TQDM_BAR_FORMAT='[report] {l_bar}{bar}{r_bar}'
     mkdir -p "$report"
     rm -f "$report/log.txt"
     logged "[report]" "$report" report.py --out="$report" "${save_dirs[@]}"

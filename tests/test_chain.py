@@ -14,7 +14,7 @@ import cli
 import train_pbfgs
 import train_psgd
 import train_sgd
-from checkpoint import EXPERIMENT
+from checkpoint import SHARED
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def save_dir(images, tmp_path):
     options = ["--datasets", "ImageFolder", "--data-dir", images, "--image-size", "10"]
     options += ["--arch", "resnet8", "--corrupt", "0.3", "--smalldatasets", "0.5"]
     options += ["--randomseed", "7", "--epochs", "3", "--lr", "0.01"]
+    options += ["--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.1", "--no-augment"]
     train_sgd.main([str(word) for word in [*options, "--save-dir", tmp_path / "run"]])
     return tmp_path / "run"
 
@@ -58,7 +59,7 @@ def test_what_a_command_leaves_open_is_as_it_was_for_the_samples(save_dir, refus
     sgd = arguments(save_dir)
     for run in ("psgd", "pbfgs", "average"):
         own = arguments(save_dir / run)
-        for name in (*EXPERIMENT, "data_dir"):
+        for name in (*SHARED, "data_dir"):
             assert own[name] == sgd[name], (run, name)
     assert arguments(save_dir / "psgd")["n_components"] == 3
     assert arguments(save_dir / "pbfgs")["n_components"] == 2

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import struct
 
@@ -381,6 +382,48 @@ def test_large_image_files_are_streamed(folder, workers):
     )
     file = Image.open(folder / "test" / "cat" / "0.png")
     torch.testing.assert_close(images[0], oracle(file))
+
+
+@pytest.mark.parametrize("size", [32, 80])
+def test_own_mean_and_std_without_augmentation(size, folder):
+    """Oracle: the test half's way with the training images, normalized by the formula."""
+    options = {"datasets": "ImageFolder", "data_dir": folder, "image_size": size, "workers": 0}
+    words = ["--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.1", "0.4"]
+    args = arguments(**options)
+    plain = get_parser("", "resnet8", 1, 0.0).parse_args([*words, "--no-augment"])
+    vars(args).update({name: vars(plain)[name] for name in utils.PREPROCESSING})
+    shutil.copytree(folder / "train", folder / "test", dirs_exist_ok=True)
+    train, test = utils.load_data(args)[:2]
+    own = [image for images, _ in train.epoch(3) for image in images]
+    unshuffled = [own[i] for i in np.argsort(utils.rng(1, "epoch", 3).permutation(12))]
+    expected = [image for images, _ in test.epoch() for image in images]
+    files = [file.relative_to(folder / "train") for file in sorted(folder.glob("train/*/*"))]
+    all_files = [file.relative_to(folder / "test") for file in sorted(folder.glob("test/*/*"))]
+    for image, file in zip(unshuffled, files, strict=True):
+        assert torch.equal(image, expected[all_files.index(file)])
+    args.mean, args.std = (0.0,) * 3, (1.0,) * 3
+    raw = [image for images, _ in utils.load_data(args).test.epoch() for image in images]
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.1, 0.4]])[:, :, None, None]
+    torch.testing.assert_close(torch.stack(expected), (torch.stack(raw) - mean) / std)
+
+
+@pytest.mark.parametrize("size", [32, 80])
+@pytest.mark.parametrize("option", ["no_flip", "no_augment", None])
+def test_what_is_drawn_in_training(option, size, folder):
+    """Oracle: whether any of many images is mirrored, or cut elsewhere: white is at their left."""
+    for file in folder.glob("train/*/*"):
+        pixels = np.zeros((size, size, 3), dtype=np.uint8)
+        pixels[:, : size // 4] = 255
+        Image.fromarray(pixels).save(file)
+    options = {"datasets": "ImageFolder", "data_dir": folder, "image_size": size, "workers": 0}
+    args = arguments(**options)
+    if option:
+        setattr(args, option, True)
+    loader = utils.load_data(args).train
+    images = torch.cat([images for n in range(4) for images, _ in loader.epoch(n)])[:, 0, size // 2]
+    left, right = images[:, : size // 2].sum(1), images[:, size // 2 :].sum(1)
+    assert (right > left).any() == (option is None)
+    assert (len(images.unique(dim=0)) > 1) == (option != "no_augment")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -25,6 +25,7 @@ Path(options["--save-dir"]).mkdir(exist_ok=True)
 name = Path(sys.argv[0]).stem
 print(f"{name} by {sys.executable}")
 sys.stderr.write(f"errors on a terminal: {sys.stderr.isatty()}\\n")
+print("bars as", os.environ["TQDM_BAR_FORMAT"])
 sys.exit(int(os.environ.get(name, 0)))
 """
 METADATA = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n"
@@ -328,6 +329,8 @@ def test_errors_and_bars_are_on_the_terminal(project, tiny):
     shown = shown.decode()
     assert shown.count("errors on a terminal: True\r\n") == 5
     assert "\r\x1b[K[1/5] " in shown, "a line takes the place of the bar"
+    bars = re.findall(r"bars as (.*)\r\n", shown)
+    assert bars == [f"[{number}/5] {{l_bar}}{{bar}}{{r_bar}}" for number in range(1, 6)]
     log = project / "save_labelnoise0_resnet20_digits_seed2" / "log.txt"
     assert "\x1b" not in log.read_text()
     assert "train_sgd by" in log.read_text()
