@@ -17,7 +17,15 @@ from basis import check_samples, load_trajectory
 from checkpoint import check_disk, save
 from cli import Parser, add_schedule_options, entry_point, get_parser, natural, parse_args, positive
 from distributed import average_buffers, data_parallel, print0
-from engine import Run, cross_entropy, evaluate, evaluate_only, recompute_statistics, set_lr
+from engine import (
+    Run,
+    cross_entropy,
+    evaluate,
+    evaluate_only,
+    recompute_statistics,
+    set_lr,
+    weighted,
+)
 from errors import InputError, blame
 from network import build_model, copy_into
 from utils import average, batch_sizes, load_data
@@ -115,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             for images, labels, weight in run.batches():
                 optimizer.zero_grad()
                 loss, logits = cross_entropy(network, images, labels, args.half)
-                (loss * weight).backward()
+                weighted(loss, weight).backward()
                 optimizer.step()
                 run.log(loss, logits, labels)
                 if run.step % every == 0:

@@ -17,6 +17,7 @@ from timing import show
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import accelerator
+
 import engine
 import train_pbfgs
 import train_psgd
