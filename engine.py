@@ -58,9 +58,20 @@ def cross_entropy(
     return F.cross_entropy(logits.float() if half else logits, labels), logits
 
 
-def l2_penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor | float:
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    """loss · weight; the usual weight, 1, costs a GPU no launch."""
+    return loss if weight == 1 else loss * weight
+
+
+def l2_penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor:
     """The L2 penalty of --weight-decay on θ(z) itself, as SGD in the full space has it."""
-    return args.weight_decay / 2 * subspace.vector().square().sum() if args.weight_decay else 0.0
+    return args.weight_decay / 2 * subspace.vector().square().sum()
+
+
+def objective(loss: Tensor, weight: float, args: argparse.Namespace, subspace: nn.Module) -> Tensor:
+    """What is minimized: the loss with its weight among the processes, and the L2 penalty."""
+    loss = weighted(loss, weight)
+    return loss + l2_penalty(args, subspace) if args.weight_decay else loss
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> None:
@@ -196,7 +207,9 @@ class Run:
         if self.rows and self.epoch >= args.epochs and not self.has_results():
             self.save_results()  # a run that was killed had written no more than its checkpoint
         if args.compile:
-            model.compile()
+            # A graph for each size of a batch: after an epoch's last, torch would else make one
+            # for all sizes, a slower one, and keep to it.
+            model.compile(dynamic=False)
 
     # Resuming
 
@@ -318,7 +331,7 @@ class Run:
         self.totals.update(details)
         self.totals["loss"] += loss.detach() * len(labels)
         self.totals["correct"] += (logits.argmax(1) == labels).sum()
-        self.totals["finite"] += loss.detach().isfinite()
+        self.totals["finite"] += loss.detach() < math.inf  # a launch; isfinite takes four
         self.done += 1
         if self.done == self.steps or self.done % self.args.print_freq == 0:
             self.check_finite()

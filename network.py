@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
 from distributed import in_turn, on_rank0, print0
@@ -28,7 +29,21 @@ def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
         elif args.pretrained:
             load_weights(model, args.pretrained, args.arch)
     model = model.to(args.device)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if not args.compile:  # compiled, they are part of larger kernels
+        count_on_host(model)
+    return model
+
+
+def count_on_host(model: nn.Module) -> None:
+    """Keep BatchNorm's counters of batches on the CPU: on a GPU each is a launch a step.
+
+    All that they are for is `momentum=None`, and that too reads them on the host.
+    """
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked = layer.num_batches_tracked.cpu()
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ import models
 from basis import find_basis, load_start, load_subspace_samples, run_directory
 from cli import entry_point, parse_args
 from distributed import all_mean, broadcast, world_size
-from engine import Run, cross_entropy, evaluate_only, l2_penalty
+from engine import Run, cross_entropy, evaluate_only, l2_penalty, objective, weighted
 from network import build_model
 from utils import batch_sizes, load_data
 
@@ -87,11 +87,11 @@ class PBFGS(torch.optim.Optimizer):
         # with losses that are means over the processes decide alike in every trial.
         s, slope = broadcast(torch.cat([s, (g @ s)[None]])).split([len(z), 1])
         slope, rejected = slope[0], 0
-        z.copy_(start + s)
+        torch.add(start, s, out=z)
         while rejected < group["max_trials"] and not evaluate() < loss + group["sigma"] * slope:
             rejected += 1
             s, slope = group["rho"] * s, group["rho"] * slope
-            z.copy_(start + s)
+            torch.add(start, s, out=z)
         state.update(g=g, s=s)
         return rejected
 
@@ -155,38 +155,45 @@ class Batch:
         torch.manual_seed(self.seed)  # all trials of a step see the same dropout
         for images, labels in self.batches:
             loss, logits = cross_entropy(self.subspace, images, labels, half)
-            yield loss * (len(labels) / self.size), logits
+            yield weighted(loss, len(labels) / self.size), logits
 
     def backward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Add up the gradients, averaged over the processes.
 
         Returns this process's mean loss, the logits, and the loss that the line search starts from.
         """
-        total, logits = 0, []
+        losses, logits = [], []
         for loss, part in self.losses(self.args.half):
-            (loss * self.weight).backward()
-            total += loss.detach()
+            weighted(loss, self.weight).backward()
+            losses.append(loss.detach())
             logits.append(part.detach())
-        penalty = l2_penalty(self.args, self.subspace)
         if self.args.weight_decay:
-            penalty.backward()
+            l2_penalty(self.args, self.subspace).backward()
         for parameter in (self.subspace.coordinates, self.subspace.origin):
             if parameter.requires_grad:
                 all_mean(parameter.grad)
-        start = self.evaluate() if self.args.half else self.mean(total)
-        return total, torch.cat(logits), start
+        loss = add_up(losses)
+        start = self.evaluate() if self.args.half else self.mean(loss)
+        return loss, torch.cat(logits), start
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
         """The loss at the current z, the mean over all processes; it leaves no trace."""
         with frozen_buffers(self.subspace.model):
             # Never in bfloat16, whose error is of the order of the decrease looked for.
-            return self.mean(sum(loss for loss, _ in self.losses(half=False)))
+            return self.mean(add_up(loss for loss, _ in self.losses(half=False)))
 
     @torch.no_grad()
     def mean(self, loss: Tensor) -> Tensor:
         """The mean over all processes of a loss of this one, with the L2 penalty."""
-        return all_mean(loss * self.weight + l2_penalty(self.args, self.subspace))
+        loss = objective(loss, self.weight, self.args, self.subspace)
+        return all_mean(loss.clone()) if world_size() > 1 else loss
+
+
+def add_up(losses: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more losses."""
+    first, *others = losses
+    return sum(others, first)
 
 
 @torch.no_grad()

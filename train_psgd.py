@@ -25,7 +25,7 @@ import models
 from basis import find_basis, load_start, load_subspace_samples, run_directory
 from cli import entry_point, parse_args
 from distributed import data_parallel
-from engine import Run, cross_entropy, evaluate_only, l2_penalty, set_lr
+from engine import Run, cross_entropy, evaluate_only, objective, set_lr
 from network import build_model
 from utils import load_data
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             for images, labels, weight in run.batches():
                 optimizer.zero_grad()
                 loss, logits = cross_entropy(network, images, labels, args.half)
-                (loss * weight + l2_penalty(args, subspace)).backward()
+                objective(loss, weight, args, subspace).backward()
                 optimizer.step()
                 run.log(loss, logits, labels)
             run.end_epoch()

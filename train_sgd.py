@@ -54,7 +54,15 @@ from basis import check_samples, load_trajectory
 from checkpoint import check_disk, save
 from cli import entry_point, parse_args
 from distributed import average_buffers, data_parallel, print0
-from engine import Run, cross_entropy, evaluate, evaluate_only, recompute_statistics, set_lr
+from engine import (
+    Run,
+    cross_entropy,
+    evaluate,
+    evaluate_only,
+    recompute_statistics,
+    set_lr,
+    weighted,
+)
 from errors import InputError, blame
 from network import build_model, copy_into
 from utils import average, batch_sizes, load_data
@@ -131,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             for images, labels, weight in run.batches():
                 optimizer.zero_grad()
                 loss, logits = cross_entropy(network, images, labels, args.half)
-                (loss * weight).backward()
+                weighted(loss, weight).backward()
                 optimizer.step()
                 run.log(loss, logits, labels)
                 if run.step % every == 0:

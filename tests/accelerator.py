@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import (  # an ImportError before torch 2.10
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -69,13 +68,24 @@ def record(kind: str, name: str) -> None:
     """Note an event, with the innermost line of the project that is running."""
     if MODULE.events is None:
         return
-    frame, line = sys._getframe(), "backward"  # torch runs backward in a thread of its own
-    while frame and line == "backward":
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and file != Path(__file__):
-            line = f"{file.relative_to(ROOT)}:{frame.f_lineno}"
+    frame = sys._getframe()
+    while frame and not is_own(frame.f_code.co_filename):
         frame = frame.f_back
+    line = "backward"  # torch runs it in a thread of its own
+    if frame:
+        line = f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
     MODULE.events.append(Event(kind, name, line))
+
+
+@functools.cache
+def is_own(file: str) -> bool:
+    """Whether a file is the project's, this one aside."""
+    return file != __file__ and Path(file).is_relative_to(ROOT)
+
+
+def parts(value: Any) -> Sequence:
+    """The parts of a list, or the value alone: arguments and results nest no deeper."""
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def is_here(value: Any) -> bool:
@@ -96,6 +106,8 @@ def relabel(tensor: Tensor, device: int) -> Tensor:
 
 def to_cpu(value: Any) -> Any:
     """An argument as the CPU's kernel takes it; it may resize those that are empty."""
+    if isinstance(value, list | tuple):
+        return [to_cpu(part) for part in value]
     if isinstance(value, torch.device):
         return torch.device("cpu")
     if not is_here(value):
@@ -105,6 +117,8 @@ def to_cpu(value: Any) -> Any:
 
 def to_device(value: Any) -> Any:
     """A result of the CPU's kernel as it lies on this device."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(to_device, value))
     return relabel(value, EXTERNAL) if isinstance(value, Tensor) else value
 
 
@@ -116,7 +130,7 @@ def redispatch(operation: Any, *args: Any, **kwargs: Any) -> Any:
 def check_devices(operation: Any, arguments: Mapping[str, Any], written: Sequence[str]) -> None:
     """RuntimeError, as on CUDA, for arguments on the CPU."""
     for name, value in arguments.items():
-        for tensor in tree_leaves(value):
+        for tensor in parts(value):
             if not isinstance(tensor, Tensor) or is_here(tensor):
                 continue
             if name == "indices" and is_here(arguments["self"]):
@@ -137,12 +151,12 @@ def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     written = [a.name for a in schema.arguments if a.alias_info and a.name in arguments]
     if name != "copy_":
         check_devices(operation, arguments, written)
-    moved = tree_map(to_cpu, arguments)
+    moved = {one: to_cpu(value) for one, value in arguments.items()}
     if name == "resize_":  # its content is lost, which is more than torch promises
         moved["self"] = torch.empty(0, dtype=args[0].dtype)
     results = operation(**moved)
 
-    if name in WAITING or not all(isinstance(v, Tensor | None) for v in tree_leaves(results)):
+    if name in WAITING or not all(isinstance(v, Tensor | None) for v in parts(results)):
         record("sync", name)
     elif name == "copy_" and not all(map(is_here, args[:2])):
         record("copy" if is_here(args[0]) else "sync", name)
@@ -156,7 +170,7 @@ def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     if aliases:
         own = tuple(arguments[one] for one in written)
         return own if len(own) > 1 else own[0]
-    return tree_map(to_device, results)
+    return to_device(results)
 
 
 def autocast(operation: Any, *args: Any) -> Any:

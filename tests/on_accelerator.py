@@ -27,8 +27,6 @@ import train_psgd
 import train_sgd
 import utils
 
-torch.set_num_threads(1)  # of what is this small, two threads make more work
-
 DEVICES = ("cpu", NAME)
 SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 COMMON = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.05", "-b", "24"]

@@ -13,6 +13,6 @@ def test_the_scripts_on_an_accelerator():
         "torch.utils.backend_registration", reason="torch before 2.10", exc_type=ImportError
     )
     file = ROOT / "tests" / "on_accelerator.py"
-    command = [sys.executable, "-m", "pytest", "--color=no", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-n0", file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
