@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import check_config, fingerprint, sample_range, save
+from checkpoint import check_config, check_file, fingerprint, sample_range, save
 from distributed import all_reduce, on_rank0, print0, same_everywhere, world_size
 from errors import InputError, blame
 from names import BASES
@@ -22,6 +22,7 @@ from utils import (
     abbreviate,
     average,
     check_basis_memory,
+    check_components,
     load_samples,
     orthonormalize,
     pca,
@@ -82,6 +83,11 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
         )
     with blame(), blame("--params_end", FileNotFoundError):
         samples = load_trajectory(args, numbers)
+    if isinstance(args.start, int):
+        check_file("--start", args.save_dir / f"{args.start}.pt")
+    if args.basis == "pca":
+        with blame("--n_components"):
+            check_components(args.n_components, len(samples) - 1, len(samples))
     print0(
         f"{args.save_dir}: samples {abbreviate(numbers)} (--params_end {args.params_end}) of "
         f"{args.arch} on {args.datasets}, --corrupt {args.corrupt:g}, "

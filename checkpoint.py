@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from distributed import on_rank0, print0, rank, restart_count, world_size
 from errors import InputError, blame
 from network import check_finite_values, check_fits
-from utils import PREPROCESSING, read_tensors, size_text
+from utils import PREPROCESSING, read_tensors, sample_numbers, size_text
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
@@ -211,18 +211,57 @@ def git_commit() -> str | None:
 # ----------------------------------------------------------------------------- checkpoint.pt
 
 
+def check_file(option: str, file: Any) -> None:
+    """InputError for a path that an option names and that is no file."""
+    if isinstance(file, Path) and not on_rank0(file.is_file):  # the others may not see it
+        raise InputError(f"{option}: {file}: there is no such file")
+
+
+def is_own(file: Path, directory: Path) -> bool:
+    """Whether a file is in the directory of a run, by whatever path."""
+    return file.resolve().parent == directory.resolve()
+
+
+def checkpoint_file(args: argparse.Namespace, directory: Path) -> Path | None:
+    """The file that the options say to resume from; None to start afresh."""
+    own = directory / "checkpoint.pt"
+    # After a restart the run's own is further than the one it began with.
+    file = own if args.resume is True or (restart_count() and own.exists()) else args.resume
+    return file if file and (file != own or own.exists()) else None
+
+
+def check_start(args: argparse.Namespace, directory: Path) -> None:
+    """InputError where a run could not start in the directory: it is known before data are read."""
+
+    def check() -> None:
+        file = checkpoint_file(args, directory)
+        if file:
+            with blame("--resume"):
+                checkpoint = read_tensors(file, mmap=True)
+                with blame_checkpoint(file):
+                    by_steps = checkpoint["progress"].get("batches")
+                    by_steps = by_steps or getattr(args, "sample_every", None)
+                    kept = RESUMED + (MIDWAY if by_steps else ())
+                    check_same(args, checkpoint["arguments"], kept, file)
+        if (directory / "lock").exists():
+            with blame("--save-dir"), locked(directory):
+                pass
+        if not file or not is_own(file, directory):
+            removable(args, directory)
+
+    on_rank0(check)
+
+
 def read_checkpoint(
     args: argparse.Namespace, directory: Path, model: nn.Module, source: str | None
 ) -> tuple[Path, dict] | None:
     """The file that the options say to resume from, and what it holds; None to start afresh.
 
     `source` is the fingerprint of the samples that the run builds on. Raises InputError where the
-    checkpoint is not of the same experiment.
+    checkpoint is not of the same network and samples.
     """
-    own = directory / "checkpoint.pt"
-    # After a restart the run's own is further than the one it began with.
-    file = own if args.resume is True or (restart_count() and own.exists()) else args.resume
-    if not file or (file == own and not own.exists()):
+    file = checkpoint_file(args, directory)
+    if not file:
         return None
     with blame("--resume"):
         checkpoint = read_tensors(file)
@@ -240,14 +279,11 @@ def blame_checkpoint(file: Path) -> contextlib.AbstractContextManager:
 def check_checkpoint(
     args: argparse.Namespace, checkpoint: dict, model: nn.Module, source: str | None, file: Path
 ) -> None:  # fmt: skip
-    """ValueError for a checkpoint of another experiment, network or basis.
+    """ValueError for a checkpoint of another network or basis.
 
     What is of another type raises whatever it does.
     """
     rows, progress = checkpoint["rows"], checkpoint["progress"]
-    by_steps = progress.get("batches") or getattr(args, "sample_every", None)
-    kept = RESUMED + (MIDWAY if by_steps else ())
-    check_same(args, checkpoint["arguments"], kept, file)
     check_fits(checkpoint["states"]["model"], model, file, args.arch)
     check_finite_values(checkpoint["states"]["model"], model, file)
     if source and checkpoint["basis"] != source:
@@ -293,8 +329,8 @@ def claim(args: argparse.Namespace, directory: Path, keep: bool) -> contextlib.E
         def take() -> None:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(directory))
-            if not keep:
-                clear(args, directory)
+            for file in [] if keep else removable(args, directory):
+                file.unlink()
 
         on_rank0(take)
         held = stack.pop_all()
@@ -327,17 +363,17 @@ def locked(directory: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def clear(args: argparse.Namespace, directory: Path) -> None:
-    """Remove the files of an earlier run, where the options allow that.
+def removable(args: argparse.Namespace, directory: Path) -> list[Path]:
+    """The files of an earlier run, where they may be removed; InputError where not.
 
-    They do with --overwrite, and with --resume where a run of the same experiment was stopped
-    before its first checkpoint.pt.
+    They may with --overwrite, where a run ended before its first checkpoint.pt was due, and with
+    --resume where one of the same experiment has none.
     """
     names = ("metrics.jsonl", "checkpoint.pt", "model.th")
     earlier = [directory / name for name in names]
     earlier += [file for file in directory.glob("*.pt") if file.stem.isdecimal()]
     earlier = [file for file in earlier if file.exists()]
-    if earlier and not args.overwrite:
+    if earlier and not args.overwrite and not ended_early(directory):
         resumed = args.resume is True or restart_count() > 0
         if not resumed or not is_same_experiment(args, directory / "config.json"):
             raise InputError(
@@ -348,8 +384,23 @@ def clear(args: argparse.Namespace, directory: Path) -> None:
                 f"--resume: {directory} holds a finished run without a checkpoint.pt to continue "
                 "from; nothing was removed, --overwrite starts again"
             )
-    for file in earlier:
-        file.unlink()
+    return earlier
+
+
+def ended_early(directory: Path) -> bool:
+    """Whether a run ended before its first checkpoint was due, and none builds on its samples."""
+    last = [directory / "checkpoint.pt", directory / "model.th", *directory.glob("*/config.json")]
+    if any(file.exists() for file in last):
+        return False
+    with contextlib.suppress(Exception):  # whatever else config.json may be
+        config = json.loads((directory / "config.json").read_text())
+        start, every = (config["arguments"][name] for name in ("start_epoch", "save_every"))
+        numbers = sample_numbers(directory)
+        last = numbers[-1] if numbers else start
+        last = config["sample_epochs"][last] if "sample_epochs" in config else last
+        reached = max(last, epochs_recorded(directory), start)
+        return reached < config["arguments"]["epochs"] and reached // every == start // every
+    return False
 
 
 def epochs_recorded(directory: Path) -> int:

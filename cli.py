@@ -5,15 +5,18 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import distributed
-from checkpoint import recorded_options
+import models
+from checkpoint import check_file, recorded_options
 from distributed import on_rank0, restart_count, world_size
 from errors import InputError, blame, exit_with, handling, stop
+from names import BASES
 from options import Parser
 from utils import DATASETS
 
@@ -21,8 +24,8 @@ from utils import DATASETS
 def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
     """Decorate a script's main: what a user can mend is one line on stderr and an exit code.
 
-    The code is 2 for options and files, 1 for what went wrong later, 130 and 143 for SIGINT and
-    SIGTERM.
+    The code is 2 for options and files, 1 for what went wrong later, 130, 143 and 129 for SIGINT,
+    SIGTERM and SIGHUP.
     """
 
     @functools.wraps(main)
@@ -98,6 +101,13 @@ def check_combinations(args: argparse.Namespace) -> None:
     ):
         if both:
             raise InputError(f"{one}: not with {other}; allowed: one of them")
+    basis = getattr(args, "basis", BASES[0])
+    check_file("--pretrained", args.pretrained)
+    check_file("--resume", args.resume)
+    check_file("--basis", None if basis in BASES else Path(basis))
+    if ":" in args.arch:
+        with blame("--arch"):
+            models.imported(args.arch)
     if args.evaluate and args.resume and args.pretrained:
         raise InputError("--resume: not with --evaluate and --pretrained; allowed: one of them")
     if args.epochs <= args.start_epoch:

@@ -23,7 +23,9 @@ from checkpoint import (
     MIDWAY,
     RESUMED,
     blame_checkpoint,
+    check_file,
     claim,
+    is_own,
     load_optimizer,
     read_checkpoint,
     sample_fingerprint,
@@ -133,6 +135,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 def evaluate_only(args: argparse.Namespace, directory: Path) -> dict:
     """What --evaluate does: test the weights of --pretrained or --resume, or the run's own."""
     file = args.resume if isinstance(args.resume, Path) else directory / "model.th"
+    check_file("--evaluate", None if args.pretrained else file)
     data = load_data(args)
     model = build_model(args, data)
     if not args.pretrained:
@@ -153,7 +156,7 @@ def accuracy_text(row: dict) -> str:
 
 
 class Interrupted(Exception):  # noqa: N818
-    """SIGINT or SIGTERM came; raised between two batches."""
+    """A signal to stop came; raised between two batches."""
 
 
 class Run:
@@ -168,8 +171,8 @@ class Run:
 
     `model` is what is trained and tested, a `Subspace` has its `basis`; `others` is what else with
     a state_dict a checkpoint has to hold. Whatever can be refused is, before the first file is
-    written. SIGINT and SIGTERM let the batch end, save all that --resume needs and end the `with`
-    in an InputError of exit code 130 or 143; a second one ends the program at once.
+    written. SIGINT, SIGTERM and SIGHUP let the batch end, save all that --resume needs and end the
+    `with` in an InputError of exit code 128 + number; a second one ends the program at once.
 
     Attributes: `rows`, the metrics of the epochs done; `step`, the steps done since epoch 0.
     """
@@ -194,7 +197,7 @@ class Run:
             self.restore(*found)
         self.fresh = not found
         self.epoch = self.rows[-1]["epoch"] if self.rows else args.start_epoch
-        own = found is not None and found[0].resolve().parent == directory.resolve()
+        own = found is not None and is_own(found[0], directory)
         self.held = claim(args, directory, keep=own)
         if self.epoch < args.epochs or not own:
             save_config(args, directory, self.facts(), self.epoch, resumed=own)

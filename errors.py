@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class InputError(ValueError):
@@ -54,8 +54,9 @@ def stop(number: int, frame: Any) -> NoReturn:
 
 
 def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Let SIGNALS go to `handler`, returns where they went before."""
-    return {number: signal.signal(number, handler) for number in SIGNALS}
+    """Let SIGNALS go to `handler`, but for what nohup ignores; returns where they went before."""
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in SIGNALS if number not in nohup}
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
 from basis import find_basis, load_start, load_subspace_samples, run_directory
+from checkpoint import check_start
 from cli import entry_point, parse_args
 from distributed import all_mean, broadcast, world_size
 from engine import Run, cross_entropy, evaluate_only, l2_penalty, objective, weighted
@@ -211,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.evaluate:
         return evaluate_only(args, directory)
     samples = load_subspace_samples(args)
+    check_start(args, directory)
     data = load_data(args)
     model = build_model(args, data)
     load_start(args, samples, model)

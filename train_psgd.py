@@ -23,6 +23,7 @@ import torch
 
 import models
 from basis import find_basis, load_start, load_subspace_samples, run_directory
+from checkpoint import check_start
 from cli import entry_point, parse_args
 from distributed import data_parallel
 from engine import Run, cross_entropy, evaluate_only, objective, set_lr
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.evaluate:
         return evaluate_only(args, directory)
     samples = load_subspace_samples(args)
+    check_start(args, directory)
     data = load_data(args)
     model = build_model(args, data)
     load_start(args, samples, model)

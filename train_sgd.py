@@ -51,7 +51,7 @@ import torch
 from torch import nn
 
 from basis import check_samples, load_trajectory
-from checkpoint import check_disk, save
+from checkpoint import check_disk, check_start, save
 from cli import entry_point, parse_args
 from distributed import average_buffers, data_parallel, print0
 from engine import (
@@ -95,6 +95,7 @@ def test_average(args: argparse.Namespace) -> dict:
     with blame("--average"):
         samples = load_trajectory(args, numbers)
     args.epochs = args.start_epoch = 0
+    check_start(args, args.save_dir / "average")
     data = load_data(args)
     model = build_model(args, data)
     check_samples(args, samples, model)
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return evaluate_only(args, args.save_dir)
     if args.average:
         return test_average(args)
+    check_start(args, args.save_dir)
     data = load_data(args)
     model = build_model(args, data)
     optimizer = make_optimizer(args, model)

@@ -36,7 +36,7 @@ from distributed import (
     rank,
     world_size,
 )
-from errors import InputError, blame
+from errors import SIGNALS, InputError, blame
 
 # -------------------------------------------------------------------------------------- data
 
@@ -218,8 +218,8 @@ class FileLoader:
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM go to a whole group; the main process ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def open_image(file: str) -> Image.Image:

@@ -426,7 +426,7 @@ def test_what_is_drawn_in_training(option, size, folder):
     assert (len(images.unique(dim=0)) > 1) == (option != "no_augment")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_group_leaves_the_workers_to_the_run(number, folder):
     """A scheduler's goes to all: a worker that died of it would end the run before it is saved."""
     options = {"data_dir": folder, "image_size": 80, "workers": 1, "batch_size": 2}

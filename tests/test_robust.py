@@ -3,6 +3,7 @@
 `pytest tests/test_robust.py -k killed --kills 200` kills the chain that often.
 """
 
+import fcntl
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS
+from test_options import files
 from torch import nn
 
 import checkpoint
@@ -95,7 +97,7 @@ def start(name, sampled, tmp_path):
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [(2, signal.SIGINT), (6, signal.SIGTERM), (7, signal.SIGINT), (13, signal.SIGTERM)],
+    [(2, signal.SIGINT), (6, signal.SIGTERM), (7, signal.SIGHUP), (13, signal.SIGTERM)],
 )
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
@@ -140,6 +142,22 @@ def test_a_second_signal_ends_at_once(tmp_path, patch):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_what_nohup_ignores_does_not_stop(tmp_path, patch):
+    def hang_up(*args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return cross_entropy(*args)
+
+    cross_entropy = engine.cross_entropy
+    patch("cross_entropy", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        argv = [*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path / "run")]
+        assert train_sgd.main(argv)["epoch"] == 1
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train_sgd.main([*DIGITS, "--epochs", "1", "--save-dir", str(tmp_path)])
@@ -177,7 +195,7 @@ def test_dropout_is_a_function_of_the_step(patch, script, moment, tmp_path, monk
     assert differences(tmp_path / "broken", tmp_path / "unbroken") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_program(number, tmp_path):
     """The real command line, stopped when it shows its first line, before or in the training."""
     command = [sys.executable, "-u", "train_sgd.py", *DIGITS, "--save-dir", str(tmp_path / "run")]
@@ -497,3 +515,109 @@ def test_what_was_decided_is_in_the_config(sampled, tmp_path):
     assert config["samples"] == [0, 2, 4, 6]
     assert config["k"] == len(np.load(save_dir / "psgd" / "basis.npz")["basis"]) < 4
     assert config["arguments"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# Starting again
+
+
+def end_early(run: Path, epochs: int) -> None:
+    """Make a run of six epochs one that was killed after fewer, before its first checkpoint."""
+    for name in ("checkpoint.pt", "model.th"):
+        (run / name).unlink()
+    for number in range(epochs + 1, 7):
+        (run / f"{number}.pt").unlink()
+    rows = (run / "metrics.jsonl").read_text().splitlines()[:epochs]
+    (run / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+
+
+def test_a_run_that_diverged_can_be_started_again(tmp_path, capsys):
+    """Oracle: a run in a directory of its own."""
+    argv = [*DIGITS, "--smalldatasets", "0.2", "--epochs", "2", "--save-dir"]
+    with pytest.raises(SystemExit):
+        train_sgd.main([*argv, str(tmp_path / "run"), "--lr", "1e38"])
+    assert "not finite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "0.pt").exists()
+    for name in ("run", "oracle"):
+        train_sgd.main([*argv, str(tmp_path / name), "--corrupt", "0.1"])
+    assert differences(tmp_path / "run", tmp_path / "oracle") == []
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_a_run_that_was_killed_early_can_be_started_again(epochs, copy):
+    end_early(copy, epochs)
+    train_sgd.main([*DIGITS, "--epochs", "1", "--lr", "0.01", "--save-dir", str(copy)])
+    assert {file.name for file in copy.glob("[0-9]*.pt")} == {"0.pt", "1.pt"}
+
+
+KEPT = {
+    "its checkpoint": lambda run: (run / "checkpoint.pt").write_text(""),
+    "its results": lambda run: (run / "model.th").write_text(""),
+    "a run on its samples": lambda run: shutil.copytree(
+        run, run / "psgd", ignore=shutil.ignore_patterns("*.pt")
+    ),
+    "more than its first checkpoint": lambda run: edit_arguments(run, save_every=2),
+    "all its epochs": lambda run: edit_arguments(run, epochs=3),
+    "samples of unknown origin": lambda run: (run / "config.json").unlink(),
+}
+
+
+def edit_arguments(run: Path, **arguments) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["arguments"] |= arguments
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_may_be_of_value_is_not_overwritten(name, copy, refused):
+    """Oracle: every file; with metrics.jsonl, and without."""
+    end_early(copy, 3)
+    KEPT[name](copy)
+    for _ in range(2):
+        before = files(copy)
+        line = refused(train_sgd.main, [*DIGITS, "--epochs", "1", "--save-dir", copy])
+        assert "holds a run" in line
+        assert files(copy) == before
+        (copy / "metrics.jsonl").unlink(missing_ok=True)
+
+
+# Refused before data are read
+
+
+def held(*arguments):
+    raise BlockingIOError
+
+
+EARLY = [
+    (train_sgd, "", "holds a run"),
+    (train_sgd, "--resume --corrupt 0.1", "--corrupt: 0.1 here, 0.0 in"),
+    (train_sgd, "--resume --optimizer adam", "--optimizer: adam here, sgd in"),
+    (train_sgd, "--resume 3.pt", "--resume: 3.pt: there is no such file"),
+    (train_sgd, "--overwrite --pretrained 3.pt", "--pretrained: 3.pt: there is no such file"),
+    (train_sgd, "--overwrite --arch nowhere:network", "--arch: nowhere:network: No module"),
+    (train_sgd, "--evaluate --save-dir nowhere", "--evaluate: nowhere/model.th: there is no such"),
+    (train_sgd, "--evaluate --resume nowhere", "--resume: nowhere: there is no such file"),
+    (train_sgd, "--average 0 8", "lacks the samples 7"),
+    (train_psgd, "", "psgd holds a run"),
+    (train_psgd, "--overwrite --n_components 7", "--n_components: 7 of 7 samples; allowed"),
+    (train_psgd, "--start 7", "7.pt: there is no such file"),
+    (train_psgd, "--basis nowhere.npz", "--basis: nowhere.npz: there is no such file"),
+    (train_psgd, "--resume --n_components 5", "--n_components: 5 here, 6 in"),
+    (train_psgd, "--overwrite", "is in use by process"),
+]
+
+
+@pytest.mark.parametrize(("script", "options", "message"), EARLY)
+def test_what_can_be_is_refused_before_data_are_read(
+    script, options, message, sampled, tmp_path, refused, patch, monkeypatch
+):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    if script is train_psgd:
+        script.main([*DIGITS, "--epochs", "1", "--save-dir", str(run)])
+    if "in use" in message:
+        (run / "psgd" / "lock").write_text("1234 on earth")
+        monkeypatch.setattr(fcntl, "lockf", held)
+    monkeypatch.chdir(tmp_path)
+    patch("load_data", lambda args: pytest.fail("data are read"))
+    before = files(tmp_path)
+    assert message in refused(script.main, [*DIGITS, "--save-dir", run, *options.split()])
+    assert files(tmp_path) == before
