@@ -1,4 +1,4 @@
-"""What the engine switches do: train_sgd.py on 32 × 32 images, images a second with each.
+"""What the engine options do: train_sgd.py on 32 × 32 images, images a second with each.
 
 The images are noise in files, made here, so that it is the script itself that runs.
 """
@@ -17,7 +17,7 @@ from PIL import Image
 from timing import show
 
 ROOT = Path(__file__).parent.parent
-SWITCHES = (
+OPTIONS = (
     "--no-channels-last",
     "--channels-last",
     "--threads 1",
@@ -39,11 +39,11 @@ def write_images(directory: Path, images: int, side: int = 32) -> None:
             Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def epochs(directory: str, switches: str, count: int, arch: str) -> list[float]:
+def epochs(directory: str, options: str, count: int, arch: str) -> list[float]:
     """Seconds of each epoch of one process."""
     save_dir = Path(directory, "save")
     command = f"{sys.executable} train_sgd.py --datasets ImageFolder --data-dir {directory}"
-    command += f" --arch {arch} --epochs {count} --overwrite --save-dir {save_dir} {switches}"
+    command += f" --arch {arch} --epochs {count} --overwrite --save-dir {save_dir} {options}"
     # An empty cache: the first epoch shows what compiling takes.
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
@@ -64,27 +64,27 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--arch", default="resnet20")
     args = parser.parse_args()
-    first: dict[str, list] = {switches: [] for switches in SWITCHES}
-    later: dict[str, list] = {switches: [] for switches in SWITCHES}
+    first: dict[str, list] = {options: [] for options in OPTIONS}
+    later: dict[str, list] = {options: [] for options in OPTIONS}
     with tempfile.TemporaryDirectory() as directory:
         write_images(Path(directory), args.images)
         for number in range(args.rounds):
-            for switches in SWITCHES:
-                if number and "compile" in switches:
+            for options in OPTIONS:
+                if number and "compile" in options:
                     continue  # half a minute of compiling is enough once
-                seconds = epochs(directory, switches, args.epochs, args.arch)
-                first[switches].append(seconds[0])
-                later[switches] += seconds[1:]
-    baseline = statistics.median(later[SWITCHES[0]])
+                seconds = epochs(directory, options, args.epochs, args.arch)
+                first[options].append(seconds[0])
+                later[options] += seconds[1:]
+    baseline = statistics.median(later[OPTIONS[0]])
     rows = []
-    for switches in SWITCHES:
+    for options in OPTIONS:
         low, middle, high = (
-            args.images / function(later[switches]) for function in (max, statistics.median, min)
+            args.images / function(later[options]) for function in (max, statistics.median, min)
         )
         rate = f"{middle:,.0f} ({low:,.0f}–{high:,.0f})"
-        ratio = f"{baseline / statistics.median(later[switches]):.2f}"
-        extra = f"{statistics.median(first[switches]) - statistics.median(later[switches]):.1f}"
-        rows.append([f"`{switches}`", rate, ratio, extra])
+        ratio = f"{baseline / statistics.median(later[options]):.2f}"
+        extra = f"{statistics.median(first[options]) - statistics.median(later[options]):.1f}"
+        rows.append([f"`{options}`", rate, ratio, extra])
     columns = ["train_sgd.py with", "images/s", "× the first", "first epoch takes longer by s"]
     note = f"{args.arch}, batch 128, median (range) of epochs of {args.images:,} images."
     show("engine: 32 × 32 pixels", columns, rows, note)

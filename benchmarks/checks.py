@@ -21,7 +21,7 @@ from utils import load_data, load_state_dict
 ROOT = Path(__file__).parent.parent
 METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}
 RUNS = {"SGD": "", "P-SGD": "psgd", "P-BFGS": "pbfgs"}  # the directories of runs in --save-dir
-RANDOM = "--basis random --params_end 1"  # a subspace that needs no trajectory
+RANDOM = "--basis random --n_components 40 --params_end 1"  # needs no trajectory
 FAILED = "**failed**"
 
 
@@ -45,12 +45,12 @@ def check(name: str, cpu: str, device: str, difference: float, allowed: float) -
 ALLOWED = {"--half": (0.05, 0.3), "--tf32": (0.01, 0.1), "": (1e-4, 0.01)}
 
 
-def precision(switches: str) -> Iterator[list[str]]:
+def precision(options: str) -> Iterator[list[str]]:
     """The errors of a batch's logits and gradient, against the CPU's in float64."""
     results = []
-    for device in ("cpu", "cpu", f"{DEVICE} {switches}"):
-        options = f"--datasets digits --arch resnet8 --device {device}"
-        args = parse_args(train_sgd.get_options(), options.split())
+    for device in ("cpu", "cpu", f"{DEVICE} {options}"):
+        argv = f"--datasets digits --arch resnet8 --device {device}".split()
+        args = parse_args(train_sgd.get_options(), argv)
         data = load_data(args)
         model, (images, labels) = build_model(args, data).train(), next(data.train.epoch())
         if not results:
@@ -61,18 +61,18 @@ def precision(switches: str) -> Iterator[list[str]]:
         loss.backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         results.append([logits.detach().cpu().double(), gradient.cpu().double()])
-    allowed = next(pair for switch, pair in ALLOWED.items() if switch in switches)
+    allowed = next(pair for option, pair in ALLOWED.items() if option in options)
     for name, limit, (exact, *others) in zip(
         ("logits", "gradient"), allowed, zip(*results, strict=True), strict=True
     ):
         cpu, own = (float((other - exact).norm() / exact.norm()) for other in others)
-        name = f"relative error of {name}, {switches or 'float32'}"
+        name = f"relative error of {name}, {options or 'float32'}"
         yield check(name, f"{cpu:.1e}", f"{own:.1e}", own, limit)
 
 
 def training(directory: Path) -> Iterator[list[str]]:
     """Six steps of each method against the CPU's, and a resumed run against an unbroken one."""
-    digits = "--datasets digits --arch resnet8 --batch-size 256 --deterministic"
+    digits = "--datasets digits --arch resnet8 --smalldatasets 0.5 --batch-size 128 --deterministic"
     subspace = f"{digits} --params_end 7 --n_components 5"
     options = {"SGD": f"{digits} --lr 0.05 --sample-every 2"}
     options |= {"P-SGD": f"{subspace} --lr 0.3", "P-BFGS": subspace}

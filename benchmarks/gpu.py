@@ -37,7 +37,7 @@ from cli import parse_args
 from network import build_model
 from utils import DATASETS, Dataset, Split, load_data, load_samples, pca
 
-SWITCHES = ("", "--tf32", "--channels-last", "--half", "--half --channels-last")
+OPTIONS = ("", "--tf32", "--channels-last", "--half", "--half --channels-last")
 
 
 class Size(NamedTuple):
@@ -46,7 +46,7 @@ class Size(NamedTuple):
     arch: str
     images: int  # synthetic training images
     epochs: int  # of each timed run, whose first warms up
-    batches: Mapping[int, Sequence[str]]  # size of a batch: engine switches
+    batches: Mapping[int, Sequence[str]]  # size of a batch: engine options
     pca: Sequence[tuple[str, int, int]]  # arch, samples, k
     files: int  # image files that are streamed
 
@@ -56,7 +56,7 @@ FULL = Size(
     arch="resnet20",
     images=12_288,
     epochs=4,
-    batches={1024: SWITCHES, 128: (*SWITCHES, "--compile", "--half --compile")},
+    batches={1024: OPTIONS, 128: (*OPTIONS, "--compile", "--half --compile")},
     pca=[("resnet20", 81, 40), ("resnet18", 21, 20)],
     files=1024,
 )
@@ -167,10 +167,10 @@ def with_peak(function: Callable[[], list[dict]]) -> tuple[list[dict], str]:
     return found[0], f"{peak / 2**20:,.0f}"
 
 
-def steps(size: Size, batch: int, switches: str, directory: Path) -> Iterator[list[str]]:
+def steps(size: Size, batch: int, options: str, directory: Path) -> Iterator[list[str]]:
     """Milliseconds a step of the bare network, and of each method in its script."""
     same = f"--datasets synthetic --arch {size.arch} --batch-size {batch} --epochs {size.epochs}"
-    same += f" --overwrite {switches}"
+    same += f" --overwrite {options}"
     cases = {"bare network": partial(bare_network, f"{same} --lr 0.01")}
     for method, own in (("SGD", "--lr 0.01"), ("P-SGD", RANDOM), ("P-BFGS", RANDOM)):
         cases[method] = partial(run, method, f"{same} {own}", directory)
@@ -184,7 +184,7 @@ def steps(size: Size, batch: int, switches: str, directory: Path) -> Iterator[li
         warmup = f"{(first - median) / 1000 * size.images / batch:.1f}"
         trials = f"{1 + rows[-1]['trials']:.1f}" if name == "P-BFGS" else ""
         ratio = f"{median / network:.2f}"
-        yield [f"{batch}", switches or "float32", name, time, ratio, trials, warmup, peak]
+        yield [f"{batch}", options or "float32", name, time, ratio, trials, warmup, peak]
 
 
 def components(directory: Path, arch: str, samples: int, k: int) -> Iterator[list[str]]:
@@ -223,19 +223,19 @@ def pipelines(files: int, directory: Path) -> Iterator[list[str]]:
 
 def measure(page: Page, size: Size, directory: Path) -> None:
     """Write all sections of the page."""
-    switches = dict.fromkeys(["", *(one for each in size.batches.values() for one in each)])
-    cases = {f"precision {one}": partial(checks.precision, one) for one in switches}
+    options = dict.fromkeys(["", *(one for each in size.batches.values() for one in each)])
+    cases = {f"precision {one}": partial(checks.precision, one) for one in options}
     cases["training"] = partial(checks.training, directory)
     if size is FULL:
         cases["digits"] = partial(checks.digits, directory / "digits")
     if DEVICE == "cuda":
-        options = f"--datasets synthetic --arch {size.arch} --batch-size {size.images // 8}"
-        cases["host syncs"] = partial(checks.host_syncs, options, directory / "syncs")
+        same = f"--datasets synthetic --arch {size.arch} --batch-size {size.images // 8}"
+        cases["host syncs"] = partial(checks.host_syncs, same, directory / "syncs")
     note = f"{DEVICE} against the CPU: ResNet-8 on digits, with `--deterministic` where it trains."
-    page.table("Checks", note, ["", "CPU", DEVICE, "difference", "allowed", "result"], cases)
+    page.table("Checks", note, ["check", "CPU", DEVICE, "difference", "allowed", "result"], cases)
 
-    columns = ["batch", "switches", "", "ms a step", "× network", "trials"]
-    columns += ["warm-up s", "peak MiB"]
+    columns = ["batch", "options", "step of", "ms", "× bare network", "trials", "warm-up s"]
+    columns += ["peak MiB"]
     note = f"{size.arch}, k = 40, 32 × 32 synthetic images; median (range) of {size.epochs - 1} "
     note += f"epochs of {size.images:,} images after the first, which takes longer by the warm-up."
     cases = {
@@ -252,7 +252,7 @@ def measure(page: Page, size: Size, directory: Path) -> None:
 
     note = f"Augmented batches of 128 on {DEVICE}, median (range) of 3 epochs; {size.files:,} PNG."
     cases = {"data": partial(pipelines, size.files, directory / "images")}
-    page.table("Data", note, ["", "images/s"], cases)
+    page.table("Data", note, ["pipeline", "images/s"], cases)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

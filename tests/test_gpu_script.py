@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import warnings
+from functools import partial
 
 import checks
 import gpu
@@ -9,6 +11,9 @@ import pytest
 import torch
 
 import engine
+import train_pbfgs
+import train_sgd
+import utils
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
 
@@ -54,6 +59,23 @@ def test_numbers_of_another_kind_fail(tmp_path, patch):
         "SGD: training loss of epoch 1", "SGD: resumed minus unbroken"
     ]  # fmt: skip
     assert all(row[-1] == checks.FAILED for row in rows), rows
+
+
+def test_each_host_sync_is_counted(tmp_path, monkeypatch):
+    """A CUDA of warnings: one a trial, as it should be, and one a step of SGD too many."""
+    warn = partial(warnings.warn, "called a synchronizing CUDA operation")
+    for module, name in ((train_sgd, "cross_entropy"), (train_pbfgs.Batch, "evaluate")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, original=original: warn() or original(*given)
+        )
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setitem(utils.DATASETS, "synthetic", gpu.synthetic(gpu.SMALL))
+    monkeypatch.delitem(checks.METHODS, "P-SGD")
+    same = f"--datasets synthetic --arch resnet8 --batch-size {gpu.SMALL.images // 8}"
+    sgd, pbfgs = checks.host_syncs(same, tmp_path)
+    assert (sgd[3], sgd[-1]) == ("1.0e+00", checks.FAILED)
+    assert (pbfgs[3], pbfgs[-1]) == ("0.0e+00", "ok")
 
 
 def test_fewer_digits_than_said_fail(monkeypatch):
