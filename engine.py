@@ -210,8 +210,8 @@ class Run:
         if self.rows and self.epoch >= args.epochs and not self.has_results():
             self.save_results()  # a run that was killed had written no more than its checkpoint
         if args.compile:
-            # A graph for each size of a batch: after an epoch's last, torch would else make one
-            # for all sizes, a slower one, and keep to it.
+            # Else torch takes an epoch's last, smaller batch as a reason to make a graph for all
+            # sizes, and keeps to that one.
             model.compile(dynamic=False)
 
     # Resuming

@@ -18,8 +18,10 @@ from accelerator import NAME, recorded
 from PIL import Image
 
 import analysis
+import cli
 import engine
 import models
+import network
 import plots
 import report
 import train_pbfgs
@@ -176,14 +178,18 @@ def test_the_report(places, monkeypatch, tmp_path):
 
 
 def costs(script, places, *options):
-    """How many launches, copies and syncs a run makes, and its rows; its basis is read."""
+    """How many launches, copies and syncs a run makes, how many launches each file of the project,
+    and its rows. Its basis is read.
+    """
     place = places[NAME]
     if script is not train_sgd and not (place / "run").exists():
         shutil.copytree(call(script, places["cpu"], "cpu"), place / "run")
     options = ["--overwrite", "--print-freq", 999, "--save-every", 99, *options]
     with recorded() as events:
         rows, _ = outcome(call(script, place, NAME, *options))
-    return Counter(event.kind for event in events), rows
+    kinds = Counter(event.kind for event in events)
+    files = Counter(event.line.partition(":")[0] for event in events if event.kind == "launch")
+    return kinds | files, rows
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -199,6 +205,22 @@ def test_a_step_waits_for_nothing_but_its_trials(script, places):
     assert long["launch"] > short["launch"]
     assert long["copy"] == short["copy"]
     assert long["sync"] - short["sync"] == trials
+    if not trials:
+        data, metrics = (long[name] - short[name] for name in ("utils.py", "engine.py"))
+        assert (data, metrics) == (3 * 5, 3 * (2 + 8))  # two are the loss itself
+
+
+def test_batchnorms_counters_cost_no_launch(tmp_path):
+    options = [*COMMON, "--device", NAME, "--save-dir", str(tmp_path)]
+    args = cli.parse_args(train_sgd.get_options(), options)
+    data = utils.load_data(args)
+    model = network.build_model(args, data).train()
+    images, _ = next(data.train.epoch())
+    with recorded() as events:
+        model(images)
+    assert sum(event.name == "add" for event in events) == 3  # the residual connections
+    counters = [v for name, v in model.state_dict().items() if name.endswith("tracked")]
+    assert [int(value) for value in counters] == 7 * [1]
 
 
 def test_an_epoch_ends_with_five_syncs(places):

@@ -66,12 +66,17 @@ def test_channels_last_reaches_the_network(tmp_path, patch):
 def test_compile_compiles_what_is_trained_and_changes_nothing(
     script, sampled, tmp_path, monkeypatch
 ):
-    """With dynamo's "eager" backend: traced as by the usual one, without half a minute."""
-    compiled = []
+    """Traced as by the usual backend, but run as traced: without half a minute."""
+    compiled, graphs = [], []
 
-    def traced(module):
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph
+
+    def traced(module, **settings):
         compiled.append(type(module).__name__)
-        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+        call = torch.compile(module._call_impl, backend=backend, **settings)
+        module._compiled_call_impl = call
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     torch._dynamo.utils.counters.clear()
@@ -85,6 +90,9 @@ def test_compile_compiles_what_is_trained_and_changes_nothing(
     one, other = (weights(tmp_path / f"run{number}" / name) for number in range(2))
     assert torch.equal(one, other)
     assert not torch._dynamo.utils.counters["graph_break"]
+    # One for each size of a batch, as many as torch keeps.
+    assert 2 < len(graphs) <= torch._dynamo.config.recompile_limit
+    assert not any(isinstance(value, torch.SymInt) for inputs in graphs for value in inputs)
 
 
 def test_compile_needs_a_compiler_on_the_cpu(refused, monkeypatch):
