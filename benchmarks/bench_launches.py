@@ -39,7 +39,9 @@ class Step(list):
 
 
 def steps_of(script: Any, argv: Sequence[str]) -> list[Step]:
-    """The steps of a run, but for the first, in which optimizers make their state."""
+    """The steps of the first of two epochs, less the first, which makes the optimizer's state, and
+    the last, which looks whether the loss is finite.
+    """
     steps, log = [], engine.Run.log
 
     def logged(run: engine.Run, *args: Any, **details: Any) -> None:
@@ -54,7 +56,7 @@ def steps_of(script: Any, argv: Sequence[str]) -> list[Step]:
             script.main(argv)
     finally:
         engine.Run.log = log
-    return steps[1:]
+    return steps[1 : len(steps) // 2 - 1]
 
 
 def part(event: accelerator.Event) -> str:
@@ -76,11 +78,10 @@ def main() -> None:
     args = parser.parse_args()
     columns, rows = ["step", "data", "metrics", "copy", "sync"], []
     with tempfile.TemporaryDirectory() as save_dir:
-        common = f"--datasets digits --arch {args.arch} --epochs 2 --print-freq 99 -b 256"
+        common = f"--datasets digits --arch {args.arch} --epochs 2 --print-freq 99"
         common += f" --device {accelerator.NAME} --save-dir {save_dir}"
         for name, (script, options) in SCRIPTS.items():
             steps = steps_of(script, f"{common} {options}".split())
-            # Not the last of an epoch, which looks whether the loss is finite.
             step = next(step for step in steps if step.rejected == 0)
             counts = Counter(map(part, step))
             rows.append([name, *(f"{counts[column]}" for column in columns)])
