@@ -71,10 +71,10 @@ def precision(options: str) -> Iterator[list[str]]:
 
 
 def training(directory: Path) -> Iterator[list[str]]:
-    """Six steps of each method against the CPU's, and a resumed run against an unbroken one."""
-    digits = "--datasets digits --arch resnet8 --smalldatasets 0.5 --batch-size 128 --deterministic"
+    """Three steps of each method against the CPU's, and a resumed run against an unbroken one."""
+    digits = "--datasets digits --arch resnet8 --batch-size 256 --smalldatasets 0.5 --deterministic"
     subspace = f"{digits} --params_end 7 --n_components 5"
-    options = {"SGD": f"{digits} --lr 0.05 --sample-every 2"}
+    options = {"SGD": f"{digits} --lr 0.05 --sample-every 1"}
     options |= {"P-SGD": f"{subspace} --lr 0.3", "P-BFGS": subspace}
     for method, same in options.items():
         # P-SGD and P-BFGS all train from the CPU's samples, in the basis that the first computes.

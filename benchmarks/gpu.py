@@ -124,7 +124,7 @@ def environment() -> Iterator[str]:
 
 
 def synthetic(size: Size) -> Dataset:
-    """Random images and labels, as a dataset of the scripts."""
+    """Random images and labels in the place of CIFAR-10's."""
 
     def read(args: argparse.Namespace, train: bool) -> Split:
         torch.manual_seed(train)
@@ -169,7 +169,7 @@ def with_peak(function: Callable[[], list[dict]]) -> tuple[list[dict], str]:
 
 def steps(size: Size, batch: int, options: str, directory: Path) -> Iterator[list[str]]:
     """Milliseconds a step of the bare network, and of each method in its script."""
-    same = f"--datasets synthetic --arch {size.arch} --batch-size {batch} --epochs {size.epochs}"
+    same = f"--datasets CIFAR10 --arch {size.arch} --batch-size {batch} --epochs {size.epochs}"
     same += f" --overwrite {options}"
     cases = {"bare network": partial(bare_network, f"{same} --lr 0.01")}
     for method, own in (("SGD", "--lr 0.01"), ("P-SGD", RANDOM), ("P-BFGS", RANDOM)):
@@ -209,7 +209,7 @@ def pipelines(files: int, directory: Path) -> Iterator[list[str]]:
     """Training images a second from memory, and streamed from files."""
     write_images(directory, files, side=256)
     for name, options in (
-        ("32 × 32, in memory", "--datasets synthetic"),
+        ("32 × 32, in memory", "--datasets CIFAR10"),
         ("224 × 224, streamed", "--datasets ImageFolder --image-size 224"),
     ):
         argv = [*options.split(), "--data-dir", str(directory)]
@@ -229,7 +229,7 @@ def measure(page: Page, size: Size, directory: Path) -> None:
     if size is FULL:
         cases["digits"] = partial(checks.digits, directory / "digits")
     if DEVICE == "cuda":
-        same = f"--datasets synthetic --arch {size.arch} --batch-size {size.images // 8}"
+        same = f"--datasets CIFAR10 --arch {size.arch} --batch-size {size.images // 8}"
         cases["host syncs"] = partial(checks.host_syncs, same, directory / "syncs")
     note = f"{DEVICE} against the CPU: ResNet-8 on digits, with `--deterministic` where it trains."
     page.table("Checks", note, ["check", "CPU", DEVICE, "difference", "allowed", "result"], cases)
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.line(f"* {line}")
     with (
         tempfile.TemporaryDirectory() as directory,
-        mock.patch.dict(DATASETS, synthetic=synthetic(size)),
+        mock.patch.dict(DATASETS, CIFAR10=synthetic(size)),
     ):
         measure(page, size, Path(directory))
     page.line(f"\n{page.failed} failed; {time.perf_counter() - began:.0f} s.")

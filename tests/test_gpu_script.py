@@ -70,9 +70,9 @@ def test_each_host_sync_is_counted(tmp_path, monkeypatch):
             module, name, lambda *given, original=original: warn() or original(*given)
         )
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    monkeypatch.setitem(utils.DATASETS, "synthetic", gpu.synthetic(gpu.SMALL))
+    monkeypatch.setitem(utils.DATASETS, "CIFAR10", gpu.synthetic(gpu.SMALL))
     monkeypatch.delitem(checks.METHODS, "P-SGD")
-    same = f"--datasets synthetic --arch resnet8 --batch-size {gpu.SMALL.images // 8}"
+    same = f"--datasets CIFAR10 --arch resnet8 --batch-size {gpu.SMALL.images // 8}"
     sgd, pbfgs = checks.host_syncs(same, tmp_path)
     assert (sgd[3], sgd[-1]) == ("1.0e+00", checks.FAILED)
     assert (pbfgs[3], pbfgs[-1]) == ("0.0e+00", "ok")
