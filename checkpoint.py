@@ -389,8 +389,8 @@ def removable(args: argparse.Namespace, directory: Path) -> list[Path]:
 
 def ended_early(directory: Path) -> bool:
     """Whether a run ended before its first checkpoint was due, and none builds on its samples."""
-    last = [directory / "checkpoint.pt", directory / "model.th", *directory.glob("*/config.json")]
-    if any(file.exists() for file in last):
+    later = [directory / "checkpoint.pt", directory / "model.th", *directory.glob("*/config.json")]
+    if any(file.exists() for file in later):
         return False
     with contextlib.suppress(Exception):  # whatever else config.json may be
         config = json.loads((directory / "config.json").read_text())

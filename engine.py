@@ -186,7 +186,8 @@ class Run:
         self.states = {"model": model} | ({"optimizer": optimizer} if optimizer else {}) | others
         self.sizes = batch_sizes(len(data.train), data.train.batch_size)
         self.plain = model.model if basis else model  # the network itself
-        self.n = sum(parameter.numel() for parameter in trainable(self.plain).values())
+        # In a subspace all parameters are frozen: those that were not before are its origin.
+        self.n = len(model.origin) if basis else sum(p.numel() for p in trainable(model).values())
         self.rows: list[dict] = []
         self.done, self.seconds, self.signal = 0, 0.0, 0  # batches and seconds of an epoch begun
         self.totals: Counter = Counter()  # sums over them, on the device

@@ -1,5 +1,7 @@
 """Networks and tasks that are not ours. Oracles: what they reach, and a random subspace."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,11 @@ def few(num_classes):
 
 def rows(num_classes):
     return small(num_classes)[:-2]
+
+def tuned(num_classes):
+    network = small(num_classes)
+    network[0].requires_grad_(False)
+    return network
 
 def lazy(num_classes):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
@@ -117,6 +124,15 @@ def test_a_network_that_cannot_be_trained_here_is_refused(name, message, module,
     assert f"--arch {arch}: " in line
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_n_counts_what_is_trained(module, tmp_path):
+    """Oracle: the sizes of the layers; the first one is frozen."""
+    options = [*DIGITS, "--arch", f"{module}:tuned", "--save-dir", str(tmp_path), "--epochs", "1"]
+    train_sgd.main(options)
+    train_psgd.main(options)
+    for name in ("config.json", "psgd/config.json"):
+        assert json.loads((tmp_path / name).read_text())["n"] == 2 * 8 + 288 * 10 + 10
 
 
 def test_batches_of_one_image_are_refused_though_many_make_a_step(module, tmp_path, refused):
