@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from timing import DEVICE, peak_memory, show, timed
 
 import checkpoint
@@ -50,8 +51,6 @@ def run(method: str, directory: Path, arch: str, samples: int, k: int) -> dict[s
         if method == "utils.pca":
             basis, _ = utils.pca(states, k, names=names, device=DEVICE)
         else:
-            from sklearn.decomposition import PCA
-
             rows = [np.concatenate([s[name].numpy().ravel() for name in names]) for s in states]
             found = PCA(k, svd_solver=method.split()[1], random_state=0).fit(np.stack(rows))
             basis = torch.from_numpy(found.components_)
