@@ -40,9 +40,8 @@ def call(script, save_dir, device, *options):
     common = [*COMMON, "--no-channels-last", "--save-dir", str(save_dir), "--device", device]
     common += ["--epochs", "2"] if script is train_sgd else SUBSPACE
     script.main([*common, *map(str, options)])
-    return save_dir / (
-        "average" if "--average" in options else "" if script is train_sgd else "run"
-    )
+    own = "average" if "--average" in options else ""
+    return save_dir / (own if script is train_sgd else "run")
 
 
 def outcome(directory):
@@ -63,25 +62,38 @@ def places(trajectory, tmp_path):
     return {device: shutil.copytree(trajectory, tmp_path / device) for device in DEVICES}
 
 
-FULL = ([], ["--half"], ["--optimizer", "adam"], ["--sample-every", "2"])
-EITHER = (
-    [],
-    ["--half"],
-    ["--basis", "random"],
-    ["--basis", "schmidt"],
-    ["--basis", "FILE"],
-    ["--basis-dtype", "bfloat16"],
-    ["--start", "mean", "--bn-update"],
-    ["--weight-decay", "0.01"],
+CASES = {
+    train_sgd: (
+        ["--overwrite"],
+        ["--overwrite", "--half"],
+        ["--overwrite", "--optimizer", "adam"],
+        ["--overwrite", "--sample-every", 2],
+        ["--average", 1, 4],
+    ),
+    train_psgd: (
+        [],
+        ["--half"],
+        ["--basis", "random"],
+        ["--basis", "schmidt"],
+        ["--basis", "FILE"],
+        ["--basis-dtype", "bfloat16"],
+        ["--start", "mean", "--bn-update"],
+        ["--weight-decay", "0.01"],
+    ),
+    train_pbfgs: (
+        [],
+        ["--half"],
+        ["--basis-dtype", "bfloat16", "--bn-update"],
+        ["--weight-decay", "0.01"],
+        ["--alpha", "0.1"],
+        ["--accumulate", 2, "-b", 12],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "options"), [(script, options) for script in CASES for options in CASES[script]]
 )
-CASES = [(train_sgd, ["--overwrite", *options]) for options in FULL]
-CASES += [(train_sgd, ["--average", 1, 4])]
-CASES += [(train_psgd, options) for options in EITHER]
-CASES += [(train_pbfgs, options) for options in EITHER]
-CASES += [(train_pbfgs, ["--alpha", "0.1"]), (train_pbfgs, ["--accumulate", 2, "-b", 12, "--half"])]
-
-
-@pytest.mark.parametrize(("script", "options"), CASES)
 def test_the_numbers_are_those_of_the_cpu(script, options, places, tmp_path):
     if "FILE" in options:
         n = utils.flatten(models.build("resnet8", 10)).numel()
