@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from page import FAILED
 from timing import DEVICE
 
 import train_pbfgs
@@ -22,7 +23,6 @@ ROOT = Path(__file__).parent.parent
 METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}
 RUNS = {"SGD": "", "P-SGD": "psgd", "P-BFGS": "pbfgs"}  # the directories of runs in --save-dir
 RANDOM = "--basis random --n_components 40 --params_end 1"  # needs no trajectory
-FAILED = "**failed**"
 
 
 def run(method: str, options: str, save_dir: Path, name: str | None = None) -> list[dict]:

@@ -7,16 +7,12 @@ or with --small, it takes seconds and its figures mean little. Nothing is downlo
 """
 
 import argparse
-import contextlib
 import gc
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from bench_engine import write_images
 from bench_pca import gram, write_trajectory
-from checks import FAILED, RANDOM, run
-from timing import DEVICE, alternate, machine, peak_memory, processor, table_row, timed
+from checks import RANDOM, run
+from page import FAILED, Page, environment
+from timing import DEVICE, alternate, peak_memory, timed
 
 import train_sgd
-from checkpoint import git_commit
 from cli import parse_args
 from network import build_model
 from utils import DATASETS, Dataset, Split, load_data, load_samples, pca
@@ -60,67 +56,6 @@ FULL = Size(
     pca=[("resnet20", 81, 40), ("resnet18", 21, 20)],
     files=1024,
 )
-
-
-class Page:
-    """A Markdown page, printed and on the disk line by line: what fails later leaves it there."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        files = (directory / name for name in ("README.md", "log.txt"))
-        self.file, self.log = (file.open("w", buffering=1, encoding="utf-8") for file in files)
-        self.terminal, self.failed = sys.stdout, 0
-
-    def line(self, text: str) -> None:
-        """Write a line."""
-        for stream in (self.terminal, self.file):
-            print(text, file=stream, flush=True)
-
-    def table(
-        self, title: str, note: str, columns: Sequence[str],
-        cases: Mapping[str, Callable[[], Iterator[Sequence[str]]]]
-    ) -> None:  # fmt: skip
-        """Write a table with the rows of each case, the last of which may be how it failed."""
-        self.line(f"\n## {title}\n\n{note}\n\n{table_row(columns)}")
-        self.line(table_row(["---"] * len(columns)))
-        for name, case in cases.items():
-            with contextlib.redirect_stdout(self.log):
-                for row in self.attempt(name, case):
-                    self.failed += any(FAILED in cell for cell in row)
-                    self.line(table_row([*row, *[""] * (len(columns) - len(row))]))
-
-    def attempt(
-        self, name: str, case: Callable[[], Iterator[Sequence[str]]]
-    ) -> Iterator[Sequence[str]]:
-        """The rows of a case; an error becomes one."""
-        try:
-            yield from case()
-        except (Exception, SystemExit) as error:
-            if getattr(error, "code", 0) in (130, 143):  # Ctrl-C and SIGTERM
-                raise
-            traceback.print_exc(file=self.log)
-            cause = error.__context__ if isinstance(error, SystemExit) else error
-            text = f"{type(cause).__name__}: {cause}".replace("|", "\\|")
-            yield [f"{name}: {FAILED}, {' '.join(text.split()[:40])}"]
-
-
-def environment() -> Iterator[str]:
-    """Hardware and versions, a line each."""
-    yield machine()
-    if DEVICE == "cuda":
-        gpu = torch.cuda.get_device_properties(0)
-        yield (
-            f"GPU 0 of {torch.cuda.device_count()}: {gpu.total_memory / 2**30:.0f} GiB, compute "
-            f"capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors; "
-            f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-        )
-        query = "--query-gpu=driver_version,power.limit,memory.used,utilization.gpu"
-        with contextlib.suppress(OSError):
-            command = ["nvidia-smi", query, "--format=csv"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            yield "nvidia-smi, before anything ran: " + "; ".join(done.stdout.splitlines())
-    yield f"{processor()}, {os.cpu_count()} cores; {platform.platform()}"
-    yield f"commit {git_commit() or 'unknown'}; {time.strftime('%Y-%m-%d')}"
 
 
 def synthetic(size: Size) -> Dataset:

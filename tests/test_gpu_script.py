@@ -9,6 +9,8 @@ import checks
 import gpu
 import pytest
 import torch
+from conftest import ROOT
+from page import FAILED, Page
 
 import engine
 import train_pbfgs
@@ -58,7 +60,7 @@ def test_numbers_of_another_kind_fail(tmp_path, patch):
     assert [row[0] for row in rows] == [
         "SGD: training loss of epoch 1", "SGD: resumed minus unbroken"
     ]  # fmt: skip
-    assert all(row[-1] == checks.FAILED for row in rows), rows
+    assert all(row[-1] == FAILED for row in rows), rows
 
 
 def test_each_host_sync_is_counted(tmp_path, monkeypatch):
@@ -74,7 +76,7 @@ def test_each_host_sync_is_counted(tmp_path, monkeypatch):
     monkeypatch.delitem(checks.METHODS, "P-SGD")
     same = f"--datasets CIFAR10 --arch resnet8 --batch-size {gpu.SMALL.images // 8}"
     sgd, pbfgs = checks.host_syncs(same, tmp_path)
-    assert (sgd[3], sgd[-1]) == ("1.0e+00", checks.FAILED)
+    assert (sgd[3], sgd[-1]) == ("1.0e+00", FAILED)
     assert (pbfgs[3], pbfgs[-1]) == ("0.0e+00", "ok")
 
 
@@ -88,7 +90,25 @@ def test_fewer_digits_than_said_fail(monkeypatch):
 
     monkeypatch.setattr(checks, "cross_entropy", rounded)
     logits, _ = checks.precision("")
-    assert logits[-1] == checks.FAILED, logits
+    assert logits[-1] == FAILED, logits
+
+
+def test_the_digits_experiment_is_compared_with_what_was_recorded(tmp_path, monkeypatch):
+    """Oracle: the first page's accuracies; one of them is missed by 2 points."""
+    readme = (ROOT / "README.md").read_text()
+    expected = re.findall(r"^\| (SGD|P-SGD|P-BFGS) +\| \w+ +\| \d+ +\| ([\d.]+) ", readme, re.M)
+    asked = {}
+
+    def recorded(method, options, save_dir):
+        asked[method] = options
+        return [{"test_acc": float(dict(expected)[method]) - 2 * (method == "P-SGD")}]
+
+    monkeypatch.setattr(checks, "run", recorded)
+    rows = list(checks.digits(tmp_path))
+    assert [row[1] for row in rows] == [dict(expected)[method] for method in asked]
+    assert [row[-1] for row in rows] == ["ok", FAILED, "ok"]
+    assert all("--datasets digits" in options for options in asked.values())
+    assert "--lr 0.1 --epochs=60" in asked["SGD"]
 
 
 def test_what_fails_is_a_line_and_the_rest_goes_on(tmp_path, capsys):
@@ -96,7 +116,7 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(tmp_path, capsys):
         yield ["1", "2"]
         raise ValueError("no | such\nthing")
 
-    page = gpu.Page(tmp_path)
+    page = Page(tmp_path)
     page.table("Title", "Note.", ["a", "b"], {"first": first, "second": lambda: [["3", "4"]]})
     rows = tables((tmp_path / "README.md").read_text())["Title"][2:]
     failure = ["first: **failed**, ValueError: no \\| such thing", ""]
@@ -111,7 +131,7 @@ def test_only_ctrl_c_ends_it(code, tmp_path):
         yield []
         raise SystemExit(code)
 
-    page = gpu.Page(tmp_path)
+    page = Page(tmp_path)
     if code == 130:
         with pytest.raises(SystemExit):
             list(page.attempt("case", stops))
