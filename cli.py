@@ -95,7 +95,9 @@ def check_combinations(args: argparse.Namespace) -> None:
             if place.exists() and not place.is_dir():
                 raise InputError(f"{option} {place}: not a directory")
     started = getattr(args, "start", None) is not None
+    tested = args.evaluate and args.resume and args.pretrained
     for one, other, both in (
+        ("--resume", "--evaluate and --pretrained", tested),
         ("--overwrite", "--resume", args.overwrite and args.resume),
         ("--start", "--pretrained", started and args.pretrained),
     ):
@@ -108,8 +110,6 @@ def check_combinations(args: argparse.Namespace) -> None:
     if ":" in args.arch:
         with blame("--arch"):
             models.imported(args.arch)
-    if args.evaluate and args.resume and args.pretrained:
-        raise InputError("--resume: not with --evaluate and --pretrained; allowed: one of them")
     if args.epochs <= args.start_epoch:
         raise InputError(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if 1 < world_size() > args.batch_size / 2:

@@ -170,7 +170,7 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
         (train_psgd, ["--run", ""], "--run"),
         (train_psgd, ["--basis", "schmidt", "--params_end", "1"], "--params_end: 1 of 1 samples"),
         (train_sgd, ["--average", "3", "3"], "--average"),
-        (train_sgd, ["--average", "0", "3", "--resume", "checkpoint.pt"], "--resume: not with"),
+        (train_sgd, ["--average", "0", "3", "--resume", "text.npy"], "--resume: not with"),
         (train_sgd, ["--average", "3", "99"], "--average"),
         (train_sgd, ["--average", "3"], "--average"),
     ],

@@ -81,7 +81,7 @@ def test_what_a_command_leaves_open_is_as_it_was_for_the_samples(save_dir, refus
         (51, [], (51, 40)),
         (41, [], (41, 40)),
         (40, [], (40, 39)),
-        (1, [], (1, 1)),
+        (2, [], (2, 1)),
         (151, ["--params_end", "81"], (81, 40)),
         (151, ["--params_end", "21"], (21, 20)),
         (151, ["--params_stride", "5"], (51, 10)),

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import statistics
+import sys
 
 import pytest
 import tables
@@ -51,6 +52,7 @@ def test_own_network_of_the_readme(tmp_path, monkeypatch):
     """Its file and its commands, with fewer epochs."""
     file, _ = code_blocks(README, "python")
     (tmp_path / "mine.py").write_text(file)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     (commands,) = (block for block in code_blocks(README, "bash") if "mine:network" in block)

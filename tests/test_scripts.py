@@ -383,6 +383,7 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refus
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
     assert "left as initialized: fc.bias, fc.weight" in capsys.readouterr().out
+    options[-2] = str(tmp_path / "new")
     line = refused(train_sgd.main, [*options, "resnet18"])
     assert "--pretrained: torchvision's weights are for resnet18 as it is there; name" in line
 
