@@ -25,6 +25,7 @@ from torch.utils.backend_registration import (  # an ImportError before torch 2.
 
 NAME = "standin"
 ROOT = Path(__file__).parent.parent
+PACKAGES = Path(torch.__file__).parent.parent  # may lie in the project, as .venv
 CPU, EXTERNAL = 1, 12  # kDLCPU and kDLExtDev of dlpack.h
 # They return tensors, but the host has to wait for their shape, or for what LAPACK says.
 WAITING = ("nonzero", "masked_select", "_unique2", "_linalg_eigh")
@@ -80,7 +81,8 @@ def record(kind: str, name: str) -> None:
 @functools.cache
 def is_own(file: str) -> bool:
     """Whether a file is the project's, this one aside."""
-    return file != __file__ and Path(file).is_relative_to(ROOT)
+    path = Path(file)
+    return file != __file__ and path.is_relative_to(ROOT) and not path.is_relative_to(PACKAGES)
 
 
 def parts(value: Any) -> Sequence:
