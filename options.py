@@ -104,8 +104,9 @@ def sample_or_mean(text: str) -> int | str:
 
 def basis(text: str) -> str:
     """An argparse type: a kind of basis, or the file that holds one."""
-    file = Path(text).suffix in (".npy", ".npz") or (text and Path(text).exists())
-    return text if file else one_of("basis", BASES, " or a file, .npz or .npy")(text)
+    if Path(text).suffix in (".npy", ".npz"):
+        return str(path(text))
+    return one_of("basis", BASES, " or a file, .npz or .npy")(text)
 
 
 def run_name(text: str) -> str:

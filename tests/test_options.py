@@ -157,7 +157,8 @@ BAD_VALUES = [
     ((PSGD, PBFGS), "--basis pcb", "there is no basis 'pcb'; did you mean pca?"),
     ((PSGD, PBFGS), "--basis foo", "allowed: pca, schmidt, random or a file, .npz or .npy"),
     ((PSGD, PBFGS), "--basis ''", "allowed: pca, schmidt, random or a file, .npz or .npy"),
-    ((PSGD, PBFGS), "--basis .", "--basis: .: there is no such file"),
+    ((PSGD, PBFGS), "--basis .", "there is no basis '.'; allowed: pca, schmidt, random or a file"),
+    ((PSGD,), f"--basis {300 * 'x'}.npz", "is not a path of names of 1 to 255 bytes"),
     ((PSGD, PBFGS), "--basis random --n_components 0.5", "0.5: allowed with --basis random: a"),
     (
         (PSGD, PBFGS),
