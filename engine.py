@@ -45,7 +45,7 @@ from distributed import (
 )
 from errors import InputError, blame, handling
 from network import build_model, copy_into, load_weights
-from utils import Data, batch_sizes, load_data, read_tensors, rng, trainable
+from utils import Data, batch_sizes, load_data, rng, trainable
 
 # ---------------------------------------------------------------------------- loss and tests
 
@@ -208,8 +208,8 @@ class Run:
                 directory / "basis.npz",
                 basis._replace(basis=basis.basis[:, :0]) if args.shard_basis else basis,
             )
-        if self.rows and self.epoch >= args.epochs and not self.has_results():
-            self.save_results()  # a run that was killed had written no more than its checkpoint
+        if self.rows and self.epoch >= args.epochs and not self.done:
+            self.save_results()  # a run that was killed may have written only its checkpoint
         if args.compile:
             # Else torch takes an epoch's last, smaller batch as a reason to make a graph for all
             # sizes, and keeps to that one.
@@ -394,11 +394,10 @@ class Run:
         """Write a row of metrics, and where due the checkpoint and model.th."""
         self.rows.append(row)
         self.done, self.seconds, self.totals = 0, 0.0, Counter()
-        if row["epoch"] % self.args.save_every == 0 or row["epoch"] == self.args.epochs:
+        due = row["epoch"] % self.args.save_every == 0 or row["epoch"] == self.args.epochs
+        if due:
             self.save_checkpoint()
-            self.save_results()
-        else:
-            self.save_metrics()
+        self.save_results(with_model=due)
 
     def means(self) -> dict[str, float]:
         """The epoch's mean loss, accuracy in percent and details."""
@@ -477,18 +476,9 @@ class Run:
         }
         save(self.directory / "checkpoint.pt", self.summary() | needed)
 
-    def save_metrics(self) -> None:
-        """Write metrics.jsonl."""
+    def save_results(self, with_model: bool = True) -> None:
+        """Write metrics.jsonl, and model.th."""
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         save(self.directory / "metrics.jsonl", lines)
-
-    def save_results(self) -> None:
-        """Write metrics.jsonl and model.th."""
-        self.save_metrics()
-        save(self.directory / "model.th", self.summary())
-
-    def has_results(self) -> bool:
-        """Whether model.th, which is written last, is of the last epoch."""
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return read_tensors(self.directory / "model.th")["epoch"] == self.epoch
-        return False
+        if with_model:
+            save(self.directory / "model.th", self.summary())

@@ -597,6 +597,19 @@ def parameter_names(sample: Mapping[str, Tensor]) -> list[str]:
     return list(first.values())
 
 
+def with_names(samples: Any, names: Iterable[str] | None) -> tuple[Sequence[Mapping], list[str]]:
+    """The samples as state dicts, vectors too, and the names of what is taken of each.
+
+    Raises ValueError where they differ in shape.
+    """
+    if not isinstance(samples[0], Mapping):
+        samples, names = [{"": torch.as_tensor(sample)} for sample in samples], [""]
+    names = list(parameter_names(samples[0]) if names is None else names)
+    if any(sample[name].shape != samples[0][name].shape for sample in samples for name in names):
+        raise ValueError("the samples differ in their shapes")
+    return samples, names
+
+
 def centered_blocks(
     samples: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: Any
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -699,11 +712,10 @@ def pca(
 
     `samples` is a matrix (T, n), a sequence of vectors (n,), as `flatten` makes them, or of state
     dicts, of which `names` are taken: `trainable(model)`, or by default all real numbers but
-    BatchNorm's statistics, which are too many where a network has other buffers. `n_components` is
-    k, or a fraction of the variance: as few as explain more than that. The rows of the basis are
-    orthonormal, those of largest variance first, and the entry of largest magnitude in each is
-    positive; all this is as in scikit-learn. The results are on `device`; the basis is rounded to
-    `dtype`, by default to the samples' type, the ratios to at least float32.
+    BatchNorm's statistics, too many where a network has other buffers. `n_components` is k, or the
+    fraction of the variance that as few as possible are to exceed. Rows are orthonormal, those of
+    largest variance first, the entry of largest magnitude in each positive, as in scikit-learn. The
+    results are on `device`, the basis in `dtype` (default: the samples'), ratios at least float32.
 
     T ≪ n, so the components come from the T × T Gram matrix. Several processes share the work by
     columns; with `shard` each returns those of the basis that are its own, (k, n / processes).
@@ -711,12 +723,7 @@ def pca(
     Raises ValueError where k > T − 1, where the samples do not span k directions, and where they
     are not finite or of different shapes.
     """
-    if not isinstance(samples[0], Mapping):
-        samples, names = [{"": torch.as_tensor(sample)} for sample in samples], [""]
-    names = list(parameter_names(samples[0]) if names is None else names)
-    shapes = [{name: sample[name].shape for name in names} for sample in samples]
-    if any(own != shapes[0] for own in shapes):
-        raise ValueError("the samples differ in their shapes")
+    samples, names = with_names(samples, names)
     own = samples[0][names[0]].dtype
     own = own if own.is_floating_point else torch.float64
     n = sum(samples[0][name].numel() for name in names)

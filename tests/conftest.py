@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 # all cores as it is.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by what is started
 
 DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
 
