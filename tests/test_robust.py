@@ -129,6 +129,26 @@ def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
     assert differences(save_dir, unbroken[name]) == []
 
 
+def test_weights_of_half_an_epoch_are_no_result(sampled, tmp_path, patch):
+    """Stopped in the fourth epoch, resumed to end after three. Oracle: the files before."""
+    script, argv, save_dir = start("sgd", sampled, tmp_path)
+    cross_entropy, calls = engine.cross_entropy, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3 * 7 + 2:  # an epoch has 6 batches, and one for the test
+            os.kill(os.getpid(), signal.SIGINT)
+        return cross_entropy(*args)
+
+    patch("cross_entropy", interrupted)
+    with pytest.raises(SystemExit):
+        script.main(argv)
+    before = contents(save_dir)
+    assert script.main([*argv, "--epochs", "3", "--resume"])["epoch"] == 3
+    after = contents(save_dir)
+    assert [name for name in after if not np.array_equal(after[name], before[name])] == []
+
+
 def test_a_second_signal_ends_at_once(tmp_path, patch):
     def twice(*args):
         os.kill(os.getpid(), signal.SIGINT)
