@@ -78,7 +78,7 @@ test)
     ;;
 bench)
     prepare requirements.txt
-    for name in data pca step engine launches; do PYTHONPATH=. "$python" "benchmarks/bench_$name.py"; done
+    PYTHONPATH=. "$python" benchmarks/bench.py
     ;;
 gpu)
     prepare requirements.txt

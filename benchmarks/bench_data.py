@@ -1,69 +1,89 @@
-"""Augmented training images a second, against torchvision's PIL pipeline with two workers."""
+"""Augmented training images a second: in memory, streamed, and as torchvision's PIL pipeline."""
 
 import argparse
 import statistics
-import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.transforms as T
+from page import Page
 from PIL import Image
-from timing import DEVICE, alternate, show
+from timing import DEVICE, alternate, spread, timed
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
 
-import utils
+from utils import DATASETS, Dataset, FileLoader, Split, TensorLoader
 
-
-class Pictures(torch.utils.data.Dataset):
-    """Images as torchvision's CIFAR10 hands them out."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-        dataset = utils.DATASETS["CIFAR10"]
-        crop = [T.RandomHorizontalFlip(), T.RandomCrop(32, 4)]
-        self.transform = T.Compose([*crop, T.ToTensor(), T.Normalize(dataset.mean, dataset.std)])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[position])), 0
+BATCH = 128
+COLUMNS = ["pipeline", "images/s", "× the first"]
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=128)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", category=UserWarning)
-    pixels = np.random.default_rng(0).integers(256, size=(args.images, 32, 32, 3), dtype=np.uint8)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    split = utils.Split(images, torch.zeros(args.images, dtype=torch.long), [])
-    ours = utils.TensorLoader(split, utils.DATASETS["CIFAR10"], args.batch_size, DEVICE, seed=1)
-    theirs = torch.utils.data.DataLoader(
-        Pictures(pixels), args.batch_size, shuffle=True, num_workers=2
-    )
-    seconds = alternate(
-        {
-            "PIL, DataLoader, 2 workers": lambda: [None for _ in theirs],
-            "in memory, batched": lambda: [None for _ in ours.epoch(0)],
-        },
-        args.repetitions,
-    )
-    baseline = statistics.median(next(iter(seconds.values())))
-    rows = []
+def synthetic(images: int) -> Dataset:
+    """Random images and labels in the place of CIFAR-10's."""
+
+    def read(args: argparse.Namespace | None, train: bool) -> Split:
+        torch.manual_seed(train)
+        count = images if train else 128
+        pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+        return Split(pixels, torch.randint(10, (count,)), list("0123456789"))
+
+    return DATASETS["CIFAR10"]._replace(read=read)
+
+
+def torchvision_loader(split: Split) -> DataLoader:
+    """The images as torchvision's CIFAR10 hands them out, with two workers."""
+    dataset = DATASETS["CIFAR10"]
+    crop = [T.RandomHorizontalFlip(), T.RandomCrop(32, 4)]
+    theirs = CIFAR10.__new__(CIFAR10)  # without its files
+    theirs.data, theirs.targets = split.images.permute(0, 2, 3, 1).numpy(), split.labels.tolist()
+    theirs.transform = T.Compose([*crop, T.ToTensor(), T.Normalize(dataset.mean, dataset.std)])
+    theirs.target_transform = None
+    return DataLoader(theirs, BATCH, shuffle=True, num_workers=2)
+
+
+def rates(
+    pipelines: Mapping[str, Callable[[], Iterable]], images: int, epochs: int
+) -> Iterator[list[str]]:
+    """Images a second of each pipeline, and how many times faster than the first it is."""
+    calls = {
+        name: partial(timed, lambda epoch=epoch: [None for _ in epoch()])
+        for name, epoch in pipelines.items()
+    }
+    seconds = alternate(calls, epochs)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    first = next(iter(medians.values()))
     for name, values in seconds.items():
-        rates = [
-            args.images / value for value in (max(values), statistics.median(values), min(values))
-        ]
-        low, middle, high = (f"{rate:,.0f}" for rate in rates)
-        ratio = f"{baseline / statistics.median(values):.1f}"
-        rows.append([name, f"{middle} ({low}–{high})", ratio])
-    columns = ["pipeline", "images/s", "× the first"]
-    note = f"Median (range) of {args.repetitions} alternating epochs, {args.images:,} images."
-    show("data: flip, pad 4, crop, normalize", columns, rows, note)
+        rate = spread([images / value for value in values])
+        yield [name, rate, f"{first / medians[name]:.1f}"]
 
 
-if __name__ == "__main__":
-    main()
+def in_memory(images: int, epochs: int) -> Iterator[list[str]]:
+    """CIFAR's size, on the device as a whole, against torchvision's pipeline."""
+    split = synthetic(images).read(None, True)
+    theirs = torchvision_loader(split)
+    ours = TensorLoader(split, DATASETS["CIFAR10"], BATCH, DEVICE, seed=1)
+    pipelines = {"PIL, DataLoader, 2 workers": theirs.__iter__, "in memory, batched": ours.epoch}
+    yield from rates(pipelines, images, epochs)
+
+
+def streamed(images: int, epochs: int, directory: Path) -> Iterator[list[str]]:
+    """ImageNet's size, from files that are written here."""
+    directory.mkdir()
+    files = [str(directory / f"{number}.png") for number in range(images)]
+    random = np.random.default_rng(0)
+    for file in files:
+        Image.fromarray(random.integers(256, size=(256, 256, 3), dtype=np.uint8)).save(file)
+    split = Split(files, torch.zeros(images, dtype=torch.long), [])
+    options = {"seed": 1, "size": 224, "workers": 4}
+    loader = FileLoader(split, DATASETS["ImageNet"], BATCH, DEVICE, **options)
+    yield from rates({"224 × 224, streamed": loader.epoch}, images, epochs)
+
+
+def tables(page: Page) -> None:
+    """Write the table."""
+    note = "Median (range) of 5 alternating epochs, 10,000 images."
+    cases = {"data": partial(in_memory, 10_000, 5)}
+    page.table("data: flip, pad 4, crop, normalize", note, COLUMNS, cases)

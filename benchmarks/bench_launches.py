@@ -4,62 +4,50 @@ Counted on the stand-in of tests/accelerator.py, so no GPU is needed and nothing
 are torch's operations: a GPU may take several kernels for one, as for BatchNorm.
 """
 
-import argparse
 import inspect
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from timing import show
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-import accelerator
+from checks import METHODS
+from page import Page
 
 import engine
-import train_pbfgs
-import train_psgd
-import train_sgd
 
+COLUMNS = ["step", "data", "metrics", "copy", "sync"]
 SUBSPACE = "--params_end 3 --n_components 2"
-SCRIPTS = {
-    "SGD": (train_sgd, "--overwrite"),
-    "P-SGD": (train_psgd, SUBSPACE),
-    "P-BFGS, one trial": (train_pbfgs, SUBSPACE),
-    "P⁺-BFGS, one trial": (train_pbfgs, f"{SUBSPACE} --alpha 0.1 --run alpha"),
+RUNS = {
+    "SGD": ("SGD", "--overwrite"),
+    "P-SGD": ("P-SGD", SUBSPACE),
+    "P-BFGS, one trial": ("P-BFGS", SUBSPACE),
+    "P⁺-BFGS, one trial": ("P-BFGS", f"{SUBSPACE} --alpha 0.1 --run alpha"),
 }
 
 
-class Step(list):
-    """The events of a step, and how many trials it rejected."""
-
-    rejected = 0
-
-
-def steps_of(script: Any, argv: Sequence[str]) -> list[Step]:
-    """The steps of the first of two epochs, less the first, which makes the optimizer's state, and
-    the last, which looks whether the loss is finite.
+def accepted_step(method: str, argv: Sequence[str]) -> list[Any]:
+    """The events of a step that rejects no trial, of the first of two epochs: not of its first
+    step, which makes the optimizer's state, nor its last, which looks whether the loss is finite.
     """
+    import accelerator  # registers a device, for the whole process
+
     steps, log = [], engine.Run.log
 
     def logged(run: engine.Run, *args: Any, **details: Any) -> None:
         log(run, *args, **details)
-        steps.append(Step(events))
-        steps[-1].rejected = details.get("trials", 0)
+        steps.append((details.get("trials", 0), list(events)))
         events.clear()
 
-    engine.Run.log = logged
-    try:
-        with accelerator.recorded() as events:
-            script.main(argv)
-    finally:
-        engine.Run.log = log
-    return steps[1 : len(steps) // 2 - 1]
+    with mock.patch.object(engine.Run, "log", logged), accelerator.recorded() as events:
+        METHODS[method].main(argv)
+    steps = steps[1 : len(steps) // 2 - 1]
+    return next(events for rejected, events in steps if rejected == 0)
 
 
-def part(event: accelerator.Event) -> str:
+def part(event: Any) -> str:
     """What asked for a launch: data, metrics or the step itself; else copy or sync."""
     lines, first = inspect.getsourcelines(engine.Run.log)
     metrics = {f"engine.py:{number}" for number in range(first, first + len(lines))}
@@ -70,30 +58,24 @@ def part(event: accelerator.Event) -> str:
     return "metrics" if event.line in metrics else "step"
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--names", action="store_true", help="print each operation of a step, too")
-    args = parser.parse_args()
-    columns, rows = ["step", "data", "metrics", "copy", "sync"], []
+def count(arch: str = "resnet20") -> Iterator[list[str]]:
+    """A row a script; prints how often each line asks for which operation, too."""
     with tempfile.TemporaryDirectory() as save_dir:
-        common = f"--datasets digits --arch {args.arch} --epochs 2 --print-freq 99"
-        common += f" --device {accelerator.NAME} --save-dir {save_dir}"
-        for name, (script, options) in SCRIPTS.items():
-            steps = steps_of(script, f"{common} {options}".split())
-            step = next(step for step in steps if step.rejected == 0)
+        common = f"--datasets digits --arch {arch} --epochs 2 --print-freq 99"
+        common += f" --device standin --save-dir {save_dir}"
+        for name, (method, options) in RUNS.items():
+            step = accepted_step(method, f"{common} {options}".split())
+            print(name)
+            for event, times in sorted(Counter((e.line, e.name) for e in step).items()):
+                print(f"{times:6} {event[1]:30} {event[0]}")
             counts = Counter(map(part, step))
-            rows.append([name, *(f"{counts[column]}" for column in columns)])
-            if args.names:
-                print(name)
-                for (line, operation), count in sorted(
-                    Counter((event.line, event.name) for event in step).items()
-                ):
-                    print(f"{count:6} {operation:30} {line}")
-    title = f"launches: {args.arch}"
-    show(title, ["one step of", *columns], rows, "Operations on the device.")
+            yield [name, *(f"{counts[column]}" for column in COLUMNS)]
 
 
-if __name__ == "__main__":
-    main()
+def tables(page: Page) -> None:
+    """Write the table; the stand-in becomes one of the process's devices."""
+    with mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "tests")]):
+        page.table(
+            "launches: resnet20", "Operations on the device.", ["one step of", *COLUMNS],
+            {"launches": count},
+        )  # fmt: skip

@@ -6,63 +6,94 @@ another product. All are timed in turn, on the batch the step gets. Peak memory 
 of their own.
 """
 
-import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from timing import DEVICE, alternate, peak_memory, show, spread
+from page import Page
+from timing import DEVICE, alternate, in_process, peak_memory, spread, timed
+from torch import Tensor, nn
 
 import models
 import train_sgd
-import utils
 from cli import parse_args
 from engine import cross_entropy
+from network import count_on_host
 from train_pbfgs import PBFGS, Batch, frozen_buffers
+from utils import flatten
+
+# What is measured of a `Case`, and its name in the tables.
+NAMES = {
+    "network": "network", "forward": "no-grad forward", "product": "Pᵀz", "projection": "P g",
+    "psgd": "P-SGD", "pbfgs": "P-BFGS",
+}  # fmt: skip
+COMPARED = ["trials", "P-SGD × limit", "P-BFGS × limit"]
+STEPS = "network", "forward", "psgd", "pbfgs"
+PRODUCTS = "network", "product", "projection", "psgd"
+MEMORY = "forward", "network", "psgd", "pbfgs"
 
 
 class Case:
-    """A batch, a network and a basis; each method makes one of the functions to be measured."""
+    """A batch, a network and a basis; each method makes one of the functions to be measured.
 
-    def __init__(self, arch: str, side: int, batch: int, k: int) -> None:
+    `options` are those of the scripts, and decide torch's settings.
+    """
+
+    def __init__(self, options: str, side: int, k: int = 1) -> None:
+        argv = [*options.split(), "--weight-decay", "0"]
+        self.args = args = parse_args(train_sgd.get_options(), argv)
         torch.manual_seed(0)
-        images = torch.randn(batch, 3, side, side, device=DEVICE)
-        if DEVICE == "cpu":  # as the scripts have it
+        images = torch.randn(args.batch_size, 3, side, side, device=DEVICE)
+        if args.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        self.batch = images, torch.randint(10, (batch,), device=DEVICE)
-        self.arch, self.k = arch, k
-        self.n = utils.flatten(models.build(arch, 10)).numel()
+        self.batch = images, torch.randint(10, (args.batch_size,), device=DEVICE)
+        self.n, self.k = flatten(models.build(args.arch, 10)).numel(), k
         self.trials: list[int] = []
 
     @cached_property
-    def basis(self) -> torch.Tensor:
+    def basis(self) -> Tensor:
         return torch.randn(self.k, self.n, device=DEVICE).div_(self.n**0.5)  # nearly orthonormal
 
-    def model(self) -> torch.nn.Module:
-        return models.build(self.arch, 10).to(DEVICE).train()
+    def model(self) -> nn.Module:
+        model = models.build(self.args.arch, 10).to(DEVICE).train()
+        if self.args.compile:
+            model.compile()
+        else:
+            count_on_host(model)
+        return model
 
-    def network(self) -> Callable[[], object]:
-        bare, (images, labels) = self.model(), self.batch
+    def subspace(self) -> models.Subspace:
+        return models.Subspace(self.model(), self.basis).train()
+
+    def sgd(
+        self, module: nn.Module, parameters: Iterable[Tensor], update: bool
+    ) -> Callable[[], object]:
+        """Forward and backward pass, and where `update` torch's SGD."""
+        optimizer = torch.optim.SGD(parameters, 0.01, 0.9)
 
         def run() -> None:
-            bare.zero_grad()
-            F.cross_entropy(bare(images), labels).backward()
+            optimizer.zero_grad()
+            loss, _ = cross_entropy(module, *self.batch, self.args.half)
+            loss.backward()
+            if update:
+                optimizer.step()
 
         return run
 
+    def network(self, update: bool = False) -> Callable[[], object]:
+        model = self.model()
+        return self.sgd(model, model.parameters(), update)
+
     def forward(self) -> Callable[[], object]:
-        bare, (images, labels) = self.model(), self.batch
+        model = self.model()
 
         @torch.no_grad()
         def run() -> None:
-            with frozen_buffers(bare):
-                F.cross_entropy(bare(images), labels)
+            with frozen_buffers(model):
+                cross_entropy(model, *self.batch, self.args.half)
 
         return run
 
@@ -75,114 +106,92 @@ class Case:
         return lambda: self.basis @ g
 
     def psgd(self) -> Callable[[], object]:
-        subspace = models.Subspace(self.model(), self.basis).train()
-        sgd = torch.optim.SGD([subspace.coordinates], 0.01, 0.9)
-
-        def run() -> None:
-            sgd.zero_grad()
-            loss, _ = cross_entropy(subspace, *self.batch, False)
-            loss.backward()
-            sgd.step()
-
-        return run
+        subspace = self.subspace()
+        return self.sgd(subspace, [subspace.coordinates], True)
 
     def pbfgs(self) -> Callable[[], object]:
-        subspace = models.Subspace(self.model(), self.basis).train()
-        args = argparse.Namespace(batch_size=len(self.batch[1]), half=False, weight_decay=0.0)
+        subspace = self.subspace()
         optimizer = PBFGS([subspace.coordinates])
 
         def run() -> None:
             subspace.zero_grad()
-            batch = Batch(args, subspace, *self.batch, 1.0)
+            batch = Batch(self.args, subspace, *self.batch, 1.0)
             _, _, start = batch.backward()
             self.trials.append(1 + optimizer.step(batch.evaluate, start))
 
         return run
 
 
-NAMES = ("network", "forward", "product", "projection", "psgd", "pbfgs")
-
-
-def measure(case: Case, repetitions: int) -> tuple[dict[str, list[float]], list[str]]:
-    """Seconds of each function, and the columns that compare the two methods with their limits."""
-    seconds = alternate({name: getattr(case, name)() for name in NAMES}, repetitions)
+def compare(case: Case, shown: Sequence[str], rounds: int) -> list[str]:
+    """The times of what is `shown`, and the two methods against their limits."""
+    calls = {name: partial(timed, getattr(case, name)()) for name in NAMES}
+    seconds = alternate(calls, rounds)
+    trials = case.trials[1:]
     ratios = {"psgd": [], "pbfgs": []}
-    for i, tried in enumerate(case.trials[1:]):  # each round against its own limit
+    for i, tried in enumerate(trials):  # each round against its own limit
         took = {name: values[i] for name, values in seconds.items()}
         limit = took["network"] + took["product"] + took["projection"]
         ratios["psgd"].append(took["psgd"] / limit)
         limit += tried * (took["forward"] + took["product"])
         ratios["pbfgs"].append(took["pbfgs"] / limit)
-    trials = f"{statistics.mean(case.trials[1:]):.1f}"
-    return seconds, [trials, *(f"{statistics.median(values):.2f}" for values in ratios.values())]
+    quartiles = (statistics.quantiles(seconds[name], n=4) for name in shown)
+    times = [spread([1000 * value for value in values], 1) for values in quartiles]
+    medians = (f"{statistics.median(values):.2f}" for values in ratios.values())
+    return [*times, f"{statistics.mean(trials):.1f}", *medians]
 
 
-def peak(name: str, arch: str, side: int, batch: int, k: int) -> str:
-    """Peak memory in MiB of one function in a process of its own."""
-    command = [sys.executable, __file__, "--peak", json.dumps([name, arch, side, batch, k])]
+def by_size(arch: str, side: int, batch: int, rounds: int) -> Iterator[list[str]]:
+    """A row for a size of images and batch."""
+    case = Case(f"--arch {arch} --batch-size {batch}", side, 40)
+    yield [f"{side} × {side}, {batch}", *compare(case, STEPS, rounds)]
+
+
+def by_basis(arch: str, k: int, rounds: int = 15) -> Iterator[list[str]]:
+    """A row for a shape of the basis."""
+    case = Case(f"--arch {arch}", 8, k)
+    yield [f"{case.n:,}", f"{k}", *compare(case, PRODUCTS, rounds)]
+
+
+def peak(name: str, options: str, side: int, k: int) -> float:
+    """Bytes that one function takes in this process at its peak: what it needs, and two steps."""
+
+    def steps() -> None:
+        run = getattr(Case(options, side, k), name)()
+        run()
+        run()
+
+    return peak_memory(steps)[1]
+
+
+def memory(arch: str, side: int, batch: int, k: int) -> Iterator[list[str]]:
+    """A row of peaks, each in a process of its own that has the settings of glibc's memory."""
+    options = f"--arch {arch} --batch-size {batch}"
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
-    return done.stdout.strip()
+    with mock.patch.dict(os.environ, plain, clear=True):
+        peaks = [in_process(peak, name, options, side, k) for name in MEMORY]
+    basis = 4 * k * Case(f"--arch {arch}", 8).n
+    yield [
+        f"{side} × {side}, {batch}",
+        f"{k}",
+        *(f"{size / 2**20:.0f}" for size in (basis, *peaks)),
+    ]
 
 
-def main() -> None:
-    """Print the tables, or with --peak be one of the processes whose memory is measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--k", type=int, default=40)
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    parse_args(train_sgd.get_options(), [])  # torch's settings are the scripts'
-    if args.peak:
-        name, *settings = args.peak
-
-        def steps() -> None:
-            run = getattr(Case(*settings), name)()
-            run()
-            run()
-
-        print(f"{peak_memory(steps) / 2**20:.0f}")
-        return
-
-    rows = []
-    for side, batch, more in ((8, 128, 4), (8, 1024, 1), (32, 128, 1), (32, 1024, 0.25)):
-        case = Case(args.arch, side, batch, args.k)
-        seconds, compared = measure(case, max(5, int(args.repetitions * more)))
-        times = [spread(seconds[name]) for name in ("network", "forward", "psgd", "pbfgs")]
-        rows.append([f"{side} × {side}, {batch}", *times, *compared])
-    columns = ["images, batch", "network ms", "no-grad forward ms", "P-SGD ms", "P-BFGS ms"]
-    columns += ["trials", "P-SGD × limit", "P-BFGS × limit"]
+def tables(page: Page, arch: str = "resnet20") -> None:
+    """Write the three tables."""
     note = "Median (quartiles) of alternating repetitions, ratios round by round."
-    show(f"step: {args.arch}, k = {args.k}", columns, rows, note)
+    sizes = [(8, 128, 60), (8, 1024, 15), (32, 128, 15), (32, 1024, 5)]
+    columns = ["images, batch", *(f"{NAMES[name]} ms" for name in STEPS), *COMPARED]
+    cases = {f"{size}": partial(by_size, arch, *size) for size in sizes}
+    page.table(f"step: {arch}, k = 40", note, columns, cases)
 
-    rows = []
-    for arch, k in [("resnet8", 40), ("resnet56", 40), *(("resnet20", k) for k in (10, 40, 160))]:
-        case = Case(arch, 8, 128, k)
-        seconds, compared = measure(case, args.repetitions)
-        times = [spread(seconds[name]) for name in ("network", "product", "projection", "psgd")]
-        rows.append([f"{case.n:,}", f"{k}", *times, *compared])
-    columns = ["n", "k", "network ms", "Pᵀz ms", "P g ms", "P-SGD ms", "trials"]
-    columns += ["P-SGD × limit", "P-BFGS × limit"]
-    show("step growth: with n and k, 8 × 8 pixels, batch 128", columns, rows, note)
+    shapes = [("resnet8", 40), ("resnet56", 40), *((arch, k) for k in (10, 40, 160))]
+    columns = ["n", "k", *(f"{NAMES[name]} ms" for name in PRODUCTS), *COMPARED]
+    cases = {f"{shape}": partial(by_basis, *shape) for shape in shapes}
+    page.table("step growth: with n and k, 8 × 8 pixels, batch 128", note, columns, cases)
 
-    rows = []
-    names = ("forward", "network", "psgd", "pbfgs")
-    for side, batch, k in (
-        (8, 128, 10),
-        (8, 128, 40),
-        (8, 128, 160),
-        (32, 128, 40),
-        (32, 1024, 40),
-    ):
-        peaks = [peak(name, args.arch, side, batch, k) for name in names]
-        megabytes = f"{Case(args.arch, 8, 1, k).basis.numel() * 4 / 2**20:.0f}"
-        rows.append([f"{side} × {side}, {batch}", f"{k}", megabytes, *peaks])
-    columns = ["images, batch", "k", "basis MiB", "no-grad forward MiB", "network MiB", "P-SGD MiB"]
-    columns += ["P-BFGS MiB"]
     note = "Peak of a process over what its imports take: batch, network, basis, two steps."
-    show(f"step memory: {args.arch}", columns, rows, note)
-
-
-if __name__ == "__main__":
-    main()
+    sizes = [*((8, 128, k) for k in (10, 40, 160)), (32, 128, 40), (32, 1024, 40)]
+    columns = ["images, batch", "k", "basis MiB", *(f"{NAMES[name]} MiB" for name in MEMORY)]
+    cases = {f"{size}": partial(memory, arch, *size) for size in sizes}
+    page.table(f"step memory: {arch}", note, columns, cases)

@@ -12,26 +12,23 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import bench_data
+import bench_pca
 import checks
 import torch
-import torch.nn.functional as F
-from bench_engine import write_images
-from bench_pca import gram, write_trajectory
+from bench_engine import epochs
+from bench_step import Case
 from checks import RANDOM, run
-from page import FAILED, Page, environment
-from timing import DEVICE, alternate, peak_memory, timed
+from page import Page
+from timing import DEVICE, peak_memory, spread, timed
 
-import train_sgd
-from cli import parse_args
-from network import build_model
-from utils import DATASETS, Dataset, Split, load_data, load_samples, pca
+from utils import DATASETS
 
 OPTIONS = ("", "--tf32", "--channels-last", "--half", "--half --channels-last")
 
@@ -58,105 +55,35 @@ FULL = Size(
 )
 
 
-def synthetic(size: Size) -> Dataset:
-    """Random images and labels in the place of CIFAR-10's."""
-
-    def read(args: argparse.Namespace, train: bool) -> Split:
-        torch.manual_seed(train)
-        count = size.images if train else 128
-        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
-        return Split(images, torch.randint(10, (count,)), list("0123456789"))
-
-    return DATASETS["CIFAR10"]._replace(read=read)
-
-
-def bare_network(options: str) -> list[dict]:
-    """Seconds of each epoch, on one batch: forward, backward and torch's SGD, nothing else."""
-    args = parse_args(train_sgd.get_options(), options.split())
-    data = load_data(args)
-    model = build_model(args, data).train()
-    if args.compile:
-        model.compile()
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum)
-    images, labels = next(data.train.epoch())
-
-    def epoch() -> None:
-        for _ in range(len(data.train) // args.batch_size):
-            optimizer.zero_grad()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=args.half):
-                logits = model(images)
-            F.cross_entropy(logits.float(), labels).backward()
-            optimizer.step()
-
-    return [{"seconds": timed(epoch)} for _ in range(args.epochs)]
-
-
-def with_peak(function: Callable[[], list[dict]]) -> tuple[list[dict], str]:
-    """What `function` returns, and the memory in MiB that it takes at its peak on the device."""
-    torch.compiler.reset()  # what was compiled before must not count
-    gc.collect()
-    if not hasattr(torch.get_device_module(DEVICE), "max_memory_allocated"):
-        return function(), "–"
-    found = []
-    peak = peak_memory(lambda: found.append(function()))
-    return found[0], f"{peak / 2**20:,.0f}"
+def bare_network(options: str, steps: int, epochs: int) -> list[dict]:
+    """Seconds of epochs on one batch: forward, backward and torch's SGD, nothing else."""
+    step = Case(options, 32).network(update=True)
+    return [{"seconds": timed(lambda: [step() for _ in range(steps)])} for _ in range(epochs)]
 
 
 def steps(size: Size, batch: int, options: str, directory: Path) -> Iterator[list[str]]:
     """Milliseconds a step of the bare network, and of each method in its script."""
     same = f"--datasets CIFAR10 --arch {size.arch} --batch-size {batch} --epochs {size.epochs}"
     same += f" --overwrite {options}"
-    cases = {"bare network": partial(bare_network, f"{same} --lr 0.01")}
+    count, network = size.images // batch, 0.0
+    cases = {"bare network": partial(bare_network, same, count, size.epochs)}
     for method, own in (("SGD", "--lr 0.01"), ("P-SGD", RANDOM), ("P-BFGS", RANDOM)):
         cases[method] = partial(run, method, f"{same} {own}", directory)
-    network = 0.0
     for name, case in cases.items():
-        rows, peak = with_peak(case)
-        first, *ms = (1000 * batch / size.images * row["seconds"] for row in rows)
+        torch.compiler.reset()  # what was compiled before must not count
+        gc.collect()
+        rows, peak = peak_memory(case)
+        seconds, warm_up = epochs([rows])
+        ms = [1000 * value / count for value in seconds]
         median = statistics.median(ms)
         network = network or median
-        time = f"{median:.2f} ({min(ms):.2f}–{max(ms):.2f})"
-        warmup = f"{(first - median) / 1000 * size.images / batch:.1f}"
         trials = f"{1 + rows[-1]['trials']:.1f}" if name == "P-BFGS" else ""
-        ratio = f"{median / network:.2f}"
-        yield [f"{batch}", options or "float32", name, time, ratio, trials, warmup, peak]
+        memory = "–" if DEVICE == "cpu" else f"{peak / 2**20:,.0f}"
+        measured = [spread(ms, 2), f"{median / network:.2f}", trials, f"{warm_up:.1f}", memory]
+        yield [f"{batch}", options or "float32", name, *measured]
 
 
-def components(directory: Path, arch: str, samples: int, k: int) -> Iterator[list[str]]:
-    """PCA of samples on disk, on the CPU and on the device."""
-    directory.mkdir()
-    n, bases = write_trajectory(directory, arch, samples), {}
-    own = "cpu" if DEVICE == "mps" else DEVICE  # where there is float64
-
-    def work(device: str) -> None:
-        bases[device] = pca(load_samples(directory, 0, samples), k, device=device)[0].cpu()
-
-    seconds = alternate({device: partial(work, device) for device in ("cpu", own)}, 3)
-    times = [f"{statistics.median(seconds[device]):.2f}" for device in ("cpu", own)]
-    error = float((gram(bases[own]) - torch.eye(k)).abs().max())
-    cosines = torch.linalg.svdvals(gram(bases["cpu"], bases[own]))
-    angle = float((1 - cosines).abs().max())
-    result = "ok" if error <= 1e-6 and angle <= 1e-6 else FAILED
-    yield [f"{samples}", f"{n:,}", f"{k}", *times, f"{error:.0e}", f"{angle:.0e}", result]
-
-
-def pipelines(files: int, directory: Path) -> Iterator[list[str]]:
-    """Training images a second from memory, and streamed from files."""
-    write_images(directory, files, side=256)
-    for name, options in (
-        ("32 × 32, in memory", "--datasets CIFAR10"),
-        ("224 × 224, streamed", "--datasets ImageFolder --image-size 224"),
-    ):
-        argv = [*options.split(), "--data-dir", str(directory)]
-        loader = load_data(parse_args(train_sgd.get_options(), argv)).train
-        seconds = alternate({"": lambda loader=loader: [None for _ in loader.epoch()]}, 3)[""]
-        high, middle, low = (
-            f"{len(loader) / of(seconds):,.0f}" for of in (min, statistics.median, max)
-        )
-        yield [name, f"{middle} ({low}–{high})"]
-
-
-def measure(page: Page, size: Size, directory: Path) -> None:
+def tables(page: Page, size: Size, directory: Path) -> None:
     """Write all sections of the page."""
     options = dict.fromkeys(["", *(one for each in size.batches.values() for one in each)])
     cases = {f"precision {one}": partial(checks.precision, one) for one in options}
@@ -182,12 +109,15 @@ def measure(page: Page, size: Size, directory: Path) -> None:
 
     columns = ["T", "n", "k", "CPU s", f"{DEVICE} s", "‖PPᵀ − I‖", "1 − cos", "result"]
     note = "Samples on disk to basis, median of 3; cos is of the largest angle between the two."
-    cases = {arch: partial(components, directory / arch, arch, *of) for arch, *of in size.pca}
+    cases = {
+        arch: partial(bench_pca.devices, arch, *of, directory / arch) for arch, *of in size.pca
+    }
     page.table("PCA", note, columns, cases)
 
     note = f"Augmented batches of 128 on {DEVICE}, median (range) of 3 epochs; {size.files:,} PNG."
-    cases = {"data": partial(pipelines, size.files, directory / "images")}
-    page.table("Data", note, ["pipeline", "images/s"], cases)
+    cases = {"in memory": partial(bench_data.in_memory, size.images, 3)}
+    cases["streamed"] = partial(bench_data.streamed, size.files, 3, directory / "images")
+    page.table("Data", note, bench_data.COLUMNS, cases)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,18 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # cuBLAS reads it once, and --deterministic needs it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    size, began = SMALL if args.small or DEVICE == "cpu" else FULL, time.perf_counter()
-    page = Page(args.out)
-    page.line(f"# `./run.sh gpu` on {DEVICE}\n")
-    for line in environment():
-        page.line(f"* {line}")
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        mock.patch.dict(DATASETS, CIFAR10=synthetic(size)),
-    ):
-        measure(page, size, Path(directory))
-    page.line(f"\n{page.failed} failed; {time.perf_counter() - began:.0f} s.")
-    return int(page.failed > 0)
+    size = SMALL if args.small or DEVICE == "cpu" else FULL
+    page = Page(args.out, "./run.sh gpu")
+    cifar = bench_data.synthetic(size.images)
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(DATASETS, CIFAR10=cifar):
+        tables(page, size, Path(directory))
+    return page.end()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The page of results that gpu.py writes."""
+"""A page of tables: Markdown, and each table as JSON."""
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -10,12 +11,30 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from timing import DEVICE, machine, processor, table_row
+from timing import DEVICE
 
 from checkpoint import git_commit
 
 FAILED = "**failed**"
+
+Rows = Callable[[], Iterator[Sequence[str]]]
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    return next(names, platform.processor() or platform.machine())
+
+
+def machine() -> str:
+    """The device, the threads of torch, versions."""
+    device = getattr(torch.get_device_module(DEVICE), "get_device_name", processor)()
+    versions = f"torch {torch.__version__}, numpy {np.__version__}"
+    python = platform.python_version()
+    return f"{device}, {torch.get_num_threads()} threads, Python {python}, {versions}"
 
 
 def environment() -> Iterator[str]:
@@ -40,33 +59,45 @@ def environment() -> Iterator[str]:
 class Page:
     """A Markdown page, printed and on the disk line by line: what fails later leaves it there."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, command: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.terminal = directory, sys.stdout
         files = (directory / name for name in ("README.md", "log.txt"))
         self.file, self.log = (file.open("w", buffering=1, encoding="utf-8") for file in files)
-        self.terminal, self.failed = sys.stdout, 0
+        self.failed, self.began = 0, time.perf_counter()
+        self.line(f"# `{command}` on {DEVICE}\n")
+        for item in environment():
+            self.line(f"* {item}")
 
     def line(self, text: str) -> None:
         """Write a line."""
         for stream in (self.terminal, self.file):
             print(text, file=stream, flush=True)
 
+    def row(self, cells: Sequence[str]) -> None:
+        """Write a row of a table."""
+        self.line(f"| {' | '.join(cells)} |")
+
     def table(
-        self, title: str, note: str, columns: Sequence[str],
-        cases: Mapping[str, Callable[[], Iterator[Sequence[str]]]]
-    ) -> None:  # fmt: skip
+        self, title: str, note: str, columns: Sequence[str], cases: Mapping[str, Rows]
+    ) -> None:
         """Write a table with the rows of each case, the last of which may be how it failed."""
-        self.line(f"\n## {title}\n\n{note}\n\n{table_row(columns)}")
-        self.line(table_row(["---"] * len(columns)))
+        self.line(f"\n## {title}\n\n{note}\n")
+        self.row(columns)
+        self.row(["---"] * len(columns))
+        rows = []
         for name, case in cases.items():
             with contextlib.redirect_stdout(self.log):
-                for row in self.attempt(name, case):
-                    self.failed += any(FAILED in cell for cell in row)
-                    self.line(table_row([*row, *[""] * (len(columns) - len(row))]))
+                for cells in self.attempt(name, case):
+                    self.failed += any(FAILED in cell for cell in cells)
+                    rows.append([*cells, *[""] * (len(columns) - len(cells))])
+                    self.row(rows[-1])
+        content = {"title": title, "machine": machine(), "note": note}
+        content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
+        file = self.directory / f"{title.split(':')[0].replace(' ', '_').lower()}.json"
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
-    def attempt(
-        self, name: str, case: Callable[[], Iterator[Sequence[str]]]
-    ) -> Iterator[Sequence[str]]:
+    def attempt(self, name: str, case: Rows) -> Iterator[Sequence[str]]:
         """The rows of a case; an error becomes one."""
         try:
             yield from case()
@@ -74,6 +105,12 @@ class Page:
             if isinstance(error, SystemExit) and error.code > 128:  # Ctrl-C and other signals
                 raise
             traceback.print_exc(file=self.log)
-            cause = error.__context__ if isinstance(error, SystemExit) else error
+            cause = (isinstance(error, SystemExit) and error.__context__) or error
             text = f"{type(cause).__name__}: {cause}".replace("|", "\\|")
             yield [f"{name}: {FAILED}, {' '.join(text.split()[:40])}"]
+
+    def end(self) -> int:
+        """Write the last line; returns the exit code, 1 where something failed."""
+        seconds = time.perf_counter() - self.began
+        self.line(f"\n{self.failed} failed; {seconds:.0f} s.")
+        return int(self.failed > 0)

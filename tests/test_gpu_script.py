@@ -9,6 +9,7 @@ import checks
 import gpu
 import pytest
 import torch
+from bench_data import synthetic
 from conftest import ROOT
 from page import FAILED, Page
 
@@ -36,12 +37,12 @@ def test_the_page_tells_checks_and_measurements(tmp_path, monkeypatch, capsys):
     assert "\n0 failed; " in page
     found = tables(page)
     assert {title: len(rows) - 2 for title, rows in found.items()} == {
-        "Checks": 2 * 2 + 3 * 2, "Step": 4, "PCA": 1, "Data": 2
+        "Checks": 2 * 2 + 3 * 2, "Step": 4, "PCA": 1, "Data": 3
     }  # fmt: skip
     assert all(row[-1] == "ok" for title in ("Checks", "PCA") for row in found[title][2:])
     assert [row[2] for row in found["Step"][2:]] == ["bare network", "SGD", "P-SGD", "P-BFGS"]
     for row in found["Step"][2:]:
-        median, low, high = map(float, re.fullmatch(r"(.*) \((.*)–(.*)\)", row[3]).groups())
+        median, low, high = map(float, re.split(r" \(|–", row[3].replace(",", "").rstrip(")")))
         assert 0 < low <= median <= high
 
 
@@ -72,7 +73,7 @@ def test_each_host_sync_is_counted(tmp_path, monkeypatch):
             module, name, lambda *given, original=original: warn() or original(*given)
         )
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    monkeypatch.setitem(utils.DATASETS, "CIFAR10", gpu.synthetic(gpu.SMALL))
+    monkeypatch.setitem(utils.DATASETS, "CIFAR10", synthetic(gpu.SMALL.images))
     monkeypatch.delitem(checks.METHODS, "P-SGD")
     same = f"--datasets CIFAR10 --arch resnet8 --batch-size {gpu.SMALL.images // 8}"
     sgd, pbfgs = checks.host_syncs(same, tmp_path)
@@ -117,7 +118,7 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(tmp_path, capsys):
         yield ["1", "2"]
         raise ValueError("no | such\nthing")
 
-    page = Page(tmp_path)
+    page = Page(tmp_path, "command")
     page.table("Title", "Note.", ["a", "b"], {"first": first, "second": lambda: [["3", "4"]]})
     rows = tables((tmp_path / "README.md").read_text())["Title"][2:]
     failure = ["first: **failed**, ValueError: no \\| such thing", ""]
@@ -132,7 +133,7 @@ def test_only_ctrl_c_ends_it(code, tmp_path):
         yield []
         raise SystemExit(code)
 
-    page = Page(tmp_path)
+    page = Page(tmp_path, "command")
     if code == 130:
         with pytest.raises(SystemExit):
             list(page.attempt("case", stops))
