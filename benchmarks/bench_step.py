@@ -8,13 +8,12 @@ of their own.
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from unittest import mock
 
 import torch
-from page import Page
-from timing import DEVICE, alternate, in_process, peak_memory, spread, timed
+from common import DEVICE, Page, alternate, in_process, peak_memory, spread, timed
 from torch import Tensor, nn
 
 import models
@@ -37,27 +36,23 @@ MEMORY = "forward", "network", "psgd", "pbfgs"
 
 
 class Case:
-    """A batch, a network and a basis; each method makes one of the functions to be measured.
+    """A batch, a network and a basis, as the scripts' `options` have them: what is measured.
 
-    `options` are those of the scripts, and decide torch's settings.
+    What a method needs is made when it is first called.
     """
 
     def __init__(self, options: str, side: int, k: int = 1) -> None:
         argv = [*options.split(), "--weight-decay", "0"]
         self.args = args = parse_args(train_sgd.get_options(), argv)
         torch.manual_seed(0)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
         images = torch.randn(args.batch_size, 3, side, side, device=DEVICE)
-        if args.channels_last:
-            images = images.to(memory_format=torch.channels_last)
-        self.batch = images, torch.randint(10, (args.batch_size,), device=DEVICE)
+        labels = torch.randint(10, (args.batch_size,), device=DEVICE)
+        self.batch = images.to(memory_format=layout), labels
         self.n, self.k = flatten(models.build(args.arch, 10)).numel(), k
         self.trials: list[int] = []
 
-    @cached_property
-    def basis(self) -> Tensor:
-        return torch.randn(self.k, self.n, device=DEVICE).div_(self.n**0.5)  # nearly orthonormal
-
-    def model(self) -> nn.Module:
+    def build(self) -> nn.Module:
         model = models.build(self.args.arch, 10).to(DEVICE).train()
         if self.args.compile:
             model.compile()
@@ -65,66 +60,61 @@ class Case:
             count_on_host(model)
         return model
 
-    def subspace(self) -> models.Subspace:
-        return models.Subspace(self.model(), self.basis).train()
+    @cached_property
+    def bare(self) -> nn.Module:
+        return self.build()
 
-    def sgd(
-        self, module: nn.Module, parameters: Iterable[Tensor], update: bool
-    ) -> Callable[[], object]:
-        """Forward and backward pass, and where `update` torch's SGD."""
-        optimizer = torch.optim.SGD(parameters, 0.01, 0.9)
+    @cached_property
+    def basis(self) -> Tensor:
+        return torch.randn(self.k, self.n, device=DEVICE).div_(self.n**0.5)  # nearly orthonormal
 
-        def run() -> None:
-            optimizer.zero_grad()
-            loss, _ = cross_entropy(module, *self.batch, self.args.half)
-            loss.backward()
-            if update:
-                optimizer.step()
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        return torch.randn(self.n, device=DEVICE), torch.zeros(self.k, device=DEVICE)
 
-        return run
+    @cached_property
+    def for_psgd(self) -> tuple[models.Subspace, torch.optim.SGD]:
+        subspace = models.Subspace(self.build(), self.basis).train()
+        return subspace, torch.optim.SGD([subspace.coordinates], 0.01, 0.9)
 
-    def network(self, update: bool = False) -> Callable[[], object]:
-        model = self.model()
-        return self.sgd(model, model.parameters(), update)
+    @cached_property
+    def for_pbfgs(self) -> tuple[models.Subspace, PBFGS]:
+        subspace = models.Subspace(self.build(), self.basis).train()
+        return subspace, PBFGS([subspace.coordinates])
 
-    def forward(self) -> Callable[[], object]:
-        model = self.model()
+    def network(self) -> None:
+        self.bare.zero_grad()
+        cross_entropy(self.bare, *self.batch, self.args.half)[0].backward()
 
-        @torch.no_grad()
-        def run() -> None:
-            with frozen_buffers(model):
-                cross_entropy(model, *self.batch, self.args.half)
+    @torch.no_grad()
+    def forward(self) -> None:
+        with frozen_buffers(self.bare):
+            cross_entropy(self.bare, *self.batch, self.args.half)
 
-        return run
+    def product(self) -> Tensor:
+        origin, z = self.vectors
+        return origin + z @ self.basis
 
-    def product(self) -> Callable[[], object]:
-        origin, z = torch.zeros(self.n, device=DEVICE), torch.zeros(self.k, device=DEVICE)
-        return lambda: origin + z @ self.basis
+    def projection(self) -> Tensor:
+        return self.basis @ self.vectors[0]
 
-    def projection(self) -> Callable[[], object]:
-        g = torch.randn(self.n, device=DEVICE)
-        return lambda: self.basis @ g
+    def psgd(self) -> None:
+        subspace, sgd = self.for_psgd
+        sgd.zero_grad()
+        cross_entropy(subspace, *self.batch, self.args.half)[0].backward()
+        sgd.step()
 
-    def psgd(self) -> Callable[[], object]:
-        subspace = self.subspace()
-        return self.sgd(subspace, [subspace.coordinates], True)
-
-    def pbfgs(self) -> Callable[[], object]:
-        subspace = self.subspace()
-        optimizer = PBFGS([subspace.coordinates])
-
-        def run() -> None:
-            subspace.zero_grad()
-            batch = Batch(self.args, subspace, *self.batch, 1.0)
-            _, _, start = batch.backward()
-            self.trials.append(1 + optimizer.step(batch.evaluate, start))
-
-        return run
+    def pbfgs(self) -> None:
+        subspace, pbfgs = self.for_pbfgs
+        subspace.zero_grad()
+        batch = Batch(self.args, subspace, *self.batch, 1.0)
+        _, _, start = batch.backward()
+        self.trials.append(1 + pbfgs.step(batch.evaluate, start))
 
 
 def compare(case: Case, shown: Sequence[str], rounds: int) -> list[str]:
     """The times of what is `shown`, and the two methods against their limits."""
-    calls = {name: partial(timed, getattr(case, name)()) for name in NAMES}
+    calls = {name: partial(timed, getattr(case, name)) for name in NAMES}
     seconds = alternate(calls, rounds)
     trials = case.trials[1:]
     ratios = {"psgd": [], "pbfgs": []}
@@ -156,9 +146,9 @@ def peak(name: str, options: str, side: int, k: int) -> float:
     """Bytes that one function takes in this process at its peak: what it needs, and two steps."""
 
     def steps() -> None:
-        run = getattr(Case(options, side, k), name)()
-        run()
-        run()
+        method = getattr(Case(options, side, k), name)
+        method()
+        method()
 
     return peak_memory(steps)[1]
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from page import FAILED
-from timing import DEVICE
+from common import DEVICE, FAILED
 
 import train_pbfgs
 import train_psgd
@@ -21,17 +20,22 @@ from utils import load_data, load_state_dict
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}
-RUNS = {"SGD": "", "P-SGD": "psgd", "P-BFGS": "pbfgs"}  # the directories of runs in --save-dir
+PARTS = ("", "_whole", "_resumed")
 RANDOM = "--basis random --n_components 40 --params_end 1"  # needs no trajectory
 
 
-def run(method: str, options: str, save_dir: Path, name: str | None = None) -> list[dict]:
-    """The metrics rows of a script's run; `name` is its directory in `save_dir`."""
-    name = RUNS[method] if name is None else name
-    own = ["--run", name] if name else []
+def place(method: str, directory: Path, part: str = "") -> Path:
+    """Where a run is: those in a subspace are in the directory of SGD's, with the trajectory."""
+    return directory / f"SGD{part}" if method == "SGD" else directory / "SGD" / f"{method}{part}"
+
+
+def run(method: str, options: str, directory: Path) -> list[dict]:
+    """The metrics rows of a script's run in its `place`."""
+    save_dir, own = directory, []
+    if method != "SGD":
+        save_dir, own = directory.parent, ["--run", directory.name]
     METHODS[method].main([*options.split(), *own, "--save-dir", str(save_dir)])
-    lines = (save_dir / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def check(name: str, cpu: str, device: str, difference: float, allowed: float) -> list[str]:
@@ -78,20 +82,17 @@ def training(directory: Path) -> Iterator[list[str]]:
     options |= {"P-SGD": f"{subspace} --lr 0.3", "P-BFGS": subspace}
     for method, same in options.items():
         # P-SGD and P-BFGS all train from the CPU's samples, in the basis that the first computes.
-        places = [(directory / "cpu", method + part) for part in ("", "_whole", "_resumed")]
-        if method == "SGD":
-            places = [(directory / part, "") for part in ("cpu", "whole", "resumed")]
-        epochs = 2 if method == "SGD" else 1
-        cpu = run(method, f"{same} --epochs {epochs} --device cpu --no-channels-last", *places[0])
-        own = run(method, f"{same} --epochs 2", *places[1])
-        losses = [rows[0]["train_loss"] for rows in (cpu, own)]
+        cpu, unbroken, resumed = (place(method, directory, part) for part in PARTS)
+        first, *_ = run(method, f"{same} --epochs 2 --device cpu --no-channels-last", cpu)
+        own, *_ = run(method, f"{same} --epochs 2", unbroken)
+        losses = [row["train_loss"] for row in (first, own)]
         difference = abs(losses[1] / losses[0] - 1)
         texts = (f"{loss:.6f}" for loss in losses)
         allowed = 1e-2 if method == "P-BFGS" else 1e-3  # rounding can decide a trial
         yield check(f"{method}: training loss of epoch 1", *texts, difference, allowed)
         for more in ("--epochs 1", "--epochs 2 --resume"):
-            run(method, f"{same} {more}", *places[2])
-        one, other = (load_state_dict(Path(*place, "model.th")) for place in places[1:])
+            run(method, f"{same} {more}", resumed)
+        one, other = (load_state_dict(path / "model.th") for path in (unbroken, resumed))
         difference = max(float((one[name].double() - v).abs().max()) for name, v in other.items())
         yield check(f"{method}: resumed minus unbroken", "", "", difference, 0)
 
@@ -106,7 +107,8 @@ def digits(directory: Path) -> Iterator[list[str]]:
     recorded = json.loads((ROOT / "experiments" / "digits-full.json").read_text())["results"]
     finals = {line["method"]: line["final"] for line in recorded if line["noise"] == 0}
     for method, options in zip(METHODS, done.stdout.splitlines(), strict=True):
-        rows = run(method, f"--datasets digits --arch resnet20 {options}", directory)
+        same = "--datasets digits --arch resnet20"
+        rows = run(method, f"{same} {options}", place(method, directory))
         cpu = statistics.mean(finals[method if method == "SGD" else f"{method}, BN update"])
         own = rows[-1]["test_acc"]
         name = f"{method}: test accuracy in percent, `./run.sh digits`"
@@ -124,7 +126,9 @@ def host_syncs(options: str, directory: Path) -> Iterator[list[str]]:
                 torch.cuda.set_sync_debug_mode("warn")
                 try:
                     subspace = "" if method == "SGD" else RANDOM
-                    (row,) = run(method, f"{same} {subspace}", directory / f"{steps}")
+                    (row,) = run(
+                        method, f"{same} {subspace}", place(method, directory / f"{steps}")
+                    )
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             count = sum("called a synchronizing" in str(w.message) for w in caught)

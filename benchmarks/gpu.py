@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import bench_data
-import bench_pca
+import bench
 import checks
 import torch
-from bench_engine import epochs
 from bench_step import Case
-from checks import RANDOM, run
-from page import Page
-from timing import DEVICE, peak_memory, spread, timed
+from checks import RANDOM, place, run
+from common import DEVICE, FAILED, Page, alternate, epochs, peak_memory, spread, timed
 
 from utils import DATASETS
 
@@ -57,8 +54,15 @@ FULL = Size(
 
 def bare_network(options: str, steps: int, epochs: int) -> list[dict]:
     """Seconds of epochs on one batch: forward, backward and torch's SGD, nothing else."""
-    step = Case(options, 32).network(update=True)
-    return [{"seconds": timed(lambda: [step() for _ in range(steps)])} for _ in range(epochs)]
+    case = Case(options, 32)
+    sgd = torch.optim.SGD(case.bare.parameters(), 0.01, 0.9)
+
+    def epoch() -> None:
+        for _ in range(steps):
+            case.network()
+            sgd.step()
+
+    return [{"seconds": timed(epoch)} for _ in range(epochs)]
 
 
 def steps(size: Size, batch: int, options: str, directory: Path) -> Iterator[list[str]]:
@@ -68,7 +72,7 @@ def steps(size: Size, batch: int, options: str, directory: Path) -> Iterator[lis
     count, network = size.images // batch, 0.0
     cases = {"bare network": partial(bare_network, same, count, size.epochs)}
     for method, own in (("SGD", "--lr 0.01"), ("P-SGD", RANDOM), ("P-BFGS", RANDOM)):
-        cases[method] = partial(run, method, f"{same} {own}", directory)
+        cases[method] = partial(run, method, f"{same} {own}", place(method, directory))
     for name, case in cases.items():
         torch.compiler.reset()  # what was compiled before must not count
         gc.collect()
@@ -81,6 +85,24 @@ def steps(size: Size, batch: int, options: str, directory: Path) -> Iterator[lis
         memory = "–" if DEVICE == "cpu" else f"{peak / 2**20:,.0f}"
         measured = [spread(ms, 2), f"{median / network:.2f}", trials, f"{warm_up:.1f}", memory]
         yield [f"{batch}", options or "float32", name, *measured]
+
+
+def components(arch: str, samples: int, k: int, directory: Path) -> Iterator[list[str]]:
+    """PCA of samples on disk, on the CPU and on the device."""
+    directory.mkdir()
+    n, bases = bench.write_trajectory(directory, arch, samples), {}
+    own = "cpu" if DEVICE == "mps" else DEVICE  # where there is float64
+
+    def work(device: str) -> None:
+        bases[device] = bench.find_basis(device, directory, samples, k).cpu()
+
+    calls = {device: partial(timed, partial(work, device)) for device in ("cpu", own)}
+    seconds = alternate(calls, 3)
+    times = [f"{statistics.median(seconds[device]):.2f}" for device in ("cpu", own)]
+    cosines = torch.linalg.svdvals(bench.gram(bases["cpu"], bases[own]))
+    angle, error = float((1 - cosines).abs().max()), bench.error(bases[own])
+    result = "ok" if error <= 1e-6 and angle <= 1e-6 else FAILED
+    yield [f"{samples}", f"{n:,}", f"{k}", *times, f"{error:.0e}", f"{angle:.0e}", result]
 
 
 def tables(page: Page, size: Size, directory: Path) -> None:
@@ -109,15 +131,13 @@ def tables(page: Page, size: Size, directory: Path) -> None:
 
     columns = ["T", "n", "k", "CPU s", f"{DEVICE} s", "‖PPᵀ − I‖", "1 − cos", "result"]
     note = "Samples on disk to basis, median of 3; cos is of the largest angle between the two."
-    cases = {
-        arch: partial(bench_pca.devices, arch, *of, directory / arch) for arch, *of in size.pca
-    }
+    cases = {arch: partial(components, arch, *of, directory / arch) for arch, *of in size.pca}
     page.table("PCA", note, columns, cases)
 
     note = f"Augmented batches of 128 on {DEVICE}, median (range) of 3 epochs; {size.files:,} PNG."
-    cases = {"in memory": partial(bench_data.in_memory, size.images, 3)}
-    cases["streamed"] = partial(bench_data.streamed, size.files, 3, directory / "images")
-    page.table("Data", note, bench_data.COLUMNS, cases)
+    cases = {"in memory": partial(bench.in_memory, size.images, 3)}
+    cases["streamed"] = partial(bench.streamed, size.files, 3, directory / "images")
+    page.table("Data", note, bench.PIPELINE, cases)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     size = SMALL if args.small or DEVICE == "cpu" else FULL
     page = Page(args.out, "./run.sh gpu")
-    cifar = bench_data.synthetic(size.images)
+    cifar = bench.synthetic(size.images)
     with tempfile.TemporaryDirectory() as directory, mock.patch.dict(DATASETS, CIFAR10=cifar):
         tables(page, size, Path(directory))
     return page.end()

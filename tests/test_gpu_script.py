@@ -9,9 +9,9 @@ import checks
 import gpu
 import pytest
 import torch
-from bench_data import synthetic
+from bench import synthetic
+from common import FAILED, Page
 from conftest import ROOT
-from page import FAILED, Page
 
 import engine
 import train_pbfgs
@@ -100,7 +100,7 @@ def test_the_digits_experiment_is_compared_with_what_was_recorded(tmp_path, monk
     expected = re.findall(r"^\| (SGD|P-SGD|P-BFGS) +\| \w+ +\| \d+ +\| ([\d.]+) ", readme, re.M)
     asked = {}
 
-    def recorded(method, options, save_dir):
+    def recorded(method, options, directory):
         asked[method] = options
         return [{"test_acc": float(dict(expected)[method]) - 2 * (method == "P-SGD")}]
 

@@ -1,25 +1,94 @@
-"""A page of tables: Markdown, and each table as JSON."""
+"""What bench.py and gpu.py share: times, peak memory, and the page of tables."""
 
 import contextlib
 import json
+import math
+import multiprocessing
 import os
 import platform
+import re
+import statistics
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from timing import DEVICE
 
 from checkpoint import git_commit
+from cli import pick_device
 
+DEVICE = pick_device("auto")
 FAILED = "**failed**"
 
-Rows = Callable[[], Iterator[Sequence[str]]]
+Rows = Callable[[], Iterator[Sequence[str]]]  # of a table
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds until the device has done what `function` asks of it."""
+    began = time.perf_counter()
+    function()
+    if DEVICE != "cpu":  # so far it may only be queued
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
+) -> dict[str, list]:
+    """What each function returns, in turn A B C A B C …, so all see the machine alike."""
+    results: dict[str, list] = {name: [] for name in functions}
+    for _ in range(warm_up + rounds):
+        for name, function in functions.items():
+            results[name].append(function())
+    return {name: values[warm_up:] for name, values in results.items()}
+
+
+def in_process(function: Callable, *arguments: Any) -> Any:
+    """What `function` returns in a process of its own; what it prints goes to stderr."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=os.dup2, initargs=(2, 1)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What `function` returns, and the bytes it takes at its peak on the device, or in a process
+    that did nothing before.
+    """
+    memory = torch.get_device_module(DEVICE)
+    if hasattr(memory, "max_memory_allocated"):
+        memory.reset_peak_memory_stats()
+        before = memory.memory_allocated()
+        return function(), memory.max_memory_allocated() - before
+    before = most_resident()
+    return function(), most_resident() - before
+
+
+def most_resident() -> float:
+    """The most memory, in bytes, that this process has had so far; only Linux tells."""
+    # Not ru_maxrss: a process inherits it from the one that started it.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else math.nan
+
+
+def epochs(runs: Sequence[Sequence[Mapping]]) -> tuple[list[float], float]:
+    """Seconds of the epochs after the first of each run, and how much longer the first takes."""
+    seconds = [row["seconds"] for rows in runs for row in rows[1:]]
+    first = statistics.median(rows[0]["seconds"] for rows in runs)
+    return seconds, first - statistics.median(seconds)
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median and range."""
+    numbers = statistics.median(values), min(values), max(values)
+    middle, low, high = (f"{number:,.{digits}f}" for number in numbers)
+    return f"{middle} ({low}–{high})"
 
 
 def processor() -> str:
@@ -74,24 +143,19 @@ class Page:
         for stream in (self.terminal, self.file):
             print(text, file=stream, flush=True)
 
-    def row(self, cells: Sequence[str]) -> None:
-        """Write a row of a table."""
-        self.line(f"| {' | '.join(cells)} |")
-
     def table(
         self, title: str, note: str, columns: Sequence[str], cases: Mapping[str, Rows]
     ) -> None:
         """Write a table with the rows of each case, the last of which may be how it failed."""
-        self.line(f"\n## {title}\n\n{note}\n")
-        self.row(columns)
-        self.row(["---"] * len(columns))
+        self.line(f"\n## {title}\n\n{note}\n\n| {' | '.join(columns)} |")
+        self.line("| " + " | ".join(["---"] * len(columns)) + " |")
         rows = []
         for name, case in cases.items():
             with contextlib.redirect_stdout(self.log):
                 for cells in self.attempt(name, case):
                     self.failed += any(FAILED in cell for cell in cells)
                     rows.append([*cells, *[""] * (len(columns) - len(cells))])
-                    self.row(rows[-1])
+                    self.line(f"| {' | '.join(rows[-1])} |")
         content = {"title": title, "machine": machine(), "note": note}
         content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
         file = self.directory / f"{title.split(':')[0].replace(' ', '_').lower()}.json"
