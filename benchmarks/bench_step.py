@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from unittest import mock
 
+import numpy as np
 import torch
 from common import DEVICE, Page, alternate, in_process, peak_memory, spread, timed
 from torch import Tensor, nn
@@ -115,19 +116,13 @@ class Case:
 def compare(case: Case, shown: Sequence[str], rounds: int) -> list[str]:
     """The times of what is `shown`, and the two methods against their limits."""
     calls = {name: partial(timed, getattr(case, name)) for name in NAMES}
-    seconds = alternate(calls, rounds)
-    trials = case.trials[1:]
-    ratios = {"psgd": [], "pbfgs": []}
-    for i, tried in enumerate(trials):  # each round against its own limit
-        took = {name: values[i] for name, values in seconds.items()}
-        limit = took["network"] + took["product"] + took["projection"]
-        ratios["psgd"].append(took["psgd"] / limit)
-        limit += tried * (took["forward"] + took["product"])
-        ratios["pbfgs"].append(took["pbfgs"] / limit)
-    quartiles = (statistics.quantiles(seconds[name], n=4) for name in shown)
-    times = [spread([1000 * value for value in values], 1) for values in quartiles]
-    medians = (f"{statistics.median(values):.2f}" for values in ratios.values())
-    return [*times, f"{statistics.mean(trials):.1f}", *medians]
+    ms = {name: 1000 * np.array(values) for name, values in alternate(calls, rounds).items()}
+    trials = np.array(case.trials[1:])  # without the warm-up's
+    limit = ms["network"] + ms["product"] + ms["projection"]
+    more = trials * (ms["forward"] + ms["product"])
+    ratios = ms["psgd"] / limit, ms["pbfgs"] / (limit + more)  # round by round
+    times = [spread(statistics.quantiles(ms[name], n=4), 1) for name in shown]
+    return [*times, f"{trials.mean():.1f}", *(f"{np.median(values):.2f}" for values in ratios)]
 
 
 def by_size(arch: str, side: int, batch: int, rounds: int) -> Iterator[list[str]]:

@@ -20,7 +20,6 @@ from utils import load_data, load_state_dict
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}
-PARTS = ("", "_whole", "_resumed")
 RANDOM = "--basis random --n_components 40 --params_end 1"  # needs no trajectory
 
 
@@ -82,7 +81,8 @@ def training(directory: Path) -> Iterator[list[str]]:
     options |= {"P-SGD": f"{subspace} --lr 0.3", "P-BFGS": subspace}
     for method, same in options.items():
         # P-SGD and P-BFGS all train from the CPU's samples, in the basis that the first computes.
-        cpu, unbroken, resumed = (place(method, directory, part) for part in PARTS)
+        parts = ("", "-unbroken", "-resumed")
+        cpu, unbroken, resumed = (place(method, directory, part) for part in parts)
         first, *_ = run(method, f"{same} --epochs 2 --device cpu --no-channels-last", cpu)
         own, *_ = run(method, f"{same} --epochs 2", unbroken)
         losses = [row["train_loss"] for row in (first, own)]
@@ -126,9 +126,8 @@ def host_syncs(options: str, directory: Path) -> Iterator[list[str]]:
                 torch.cuda.set_sync_debug_mode("warn")
                 try:
                     subspace = "" if method == "SGD" else RANDOM
-                    (row,) = run(
-                        method, f"{same} {subspace}", place(method, directory / f"{steps}")
-                    )
+                    where = place(method, directory / f"{steps}")
+                    (row,) = run(method, f"{same} {subspace}", where)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             count = sum("called a synchronizing" in str(w.message) for w in caught)

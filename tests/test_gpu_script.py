@@ -1,15 +1,21 @@
-"""./run.sh gpu in its small size. Oracle: here the device is the CPU, so its numbers are right."""
+"""./run.sh gpu in its small size, and the tables of ./run.sh bench.
+
+Oracles: here the device is the CPU, so its numbers are right; the tables that were recorded.
+"""
 
 import itertools
+import json
 import re
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
+import bench
+import bench_step
 import checks
 import gpu
 import pytest
 import torch
-from bench import synthetic
 from common import FAILED, Page
 from conftest import ROOT
 
@@ -73,7 +79,7 @@ def test_each_host_sync_is_counted(tmp_path, monkeypatch):
             module, name, lambda *given, original=original: warn() or original(*given)
         )
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    monkeypatch.setitem(utils.DATASETS, "CIFAR10", synthetic(gpu.SMALL.images))
+    monkeypatch.setitem(utils.DATASETS, "CIFAR10", bench.synthetic(gpu.SMALL.images))
     monkeypatch.delitem(checks.METHODS, "P-SGD")
     same = f"--datasets CIFAR10 --arch resnet8 --batch-size {gpu.SMALL.images // 8}"
     sgd, pbfgs = checks.host_syncs(same, tmp_path)
@@ -139,3 +145,29 @@ def test_only_ctrl_c_ends_it(code, tmp_path):
             list(page.attempt("case", stops))
     else:
         assert len(list(page.attempt("case", stops))) == 2
+
+
+def test_the_tables_of_bench_are_those_recorded():
+    """By name and columns, and on the page by columns."""
+    columns = {}
+
+    class Recorder:
+        def table(self, title, note, names, cases):
+            columns[title.partition(":")[0].replace(" ", "_")] = names
+
+    for write in bench.TABLES.values():
+        write(Recorder())
+    files = (ROOT / "benchmarks" / "results").glob("*.json")
+    recorded = {file.stem: list(json.loads(file.read_text())["rows"][0]) for file in files}
+    assert columns == recorded
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"| {' | '.join(names)} |" in readme for names in columns.values())
+
+
+def test_a_step_is_compared_with_its_limit(monkeypatch):
+    """Oracle: sums of given times, of a warm-up and of rounds with one trial and with three."""
+    seconds = {"network": 6, "forward": 2, "product": 1, "projection": 3, "psgd": 20, "pbfgs": 39}
+    case = SimpleNamespace(**{name: name for name in seconds}, trials=[9, 1, 3])
+    monkeypatch.setattr(bench_step, "timed", seconds.get)
+    row = bench_step.compare(case, ["psgd"], 2)
+    assert row == ["20,000.0 (20,000.0–20,000.0)", "2.0", "2.00", f"{(39 / 13 + 39 / 19) / 2:.2f}"]
