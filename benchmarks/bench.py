@@ -17,7 +17,7 @@ import bench_step
 import numpy as np
 import torch
 import torchvision.transforms as T
-from checks import METHODS, ROOT, place, run
+from checks import ROOT, place, run, steps_of
 from common import DEVICE, Page, alternate, epochs, in_process, peak_memory, spread, timed
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -218,29 +218,11 @@ def engine_options(page: Page) -> None:
 KINDS = ["step", "data", "metrics", "copy", "sync"]
 SUBSPACE = "--params_end 3 --n_components 2"
 STEPS = {
-    "SGD": ("SGD", "--overwrite"),
+    "SGD": ("SGD", ""),
     "P-SGD": ("P-SGD", SUBSPACE),
     "P-BFGS, one trial": ("P-BFGS", SUBSPACE),
-    "P⁺-BFGS, one trial": ("P-BFGS", f"{SUBSPACE} --alpha 0.1 --run alpha"),
+    "P⁺-BFGS, one trial": ("P-BFGS", f"{SUBSPACE} --alpha 0.1"),
 }
-
-
-def accepted_step(method: str, argv: Sequence[str]) -> list[Any]:
-    """The events of a step that rejects no trial, of the first of two epochs: not of its first
-    step, which makes the optimizer's state, nor its last, which looks whether the loss is finite.
-    """
-    import accelerator  # registers a device, for the whole process
-
-    steps, log = [], engine.Run.log
-
-    def logged(run: engine.Run, *args: Any, **details: Any) -> None:
-        log(run, *args, **details)
-        steps.append(list(events))
-        events.clear()
-
-    with mock.patch.object(engine.Run, "log", logged), accelerator.recorded() as events:
-        METHODS[method].main(argv)
-    return min(steps[1 : len(steps) // 2 - 1], key=len)  # a trial more is events more
 
 
 def kind(event: Any) -> str:
@@ -256,11 +238,15 @@ def kind(event: Any) -> str:
 
 def count_launches(arch: str) -> Iterator[list[str]]:
     """A row a script; prints which line asks how often for which operation, too."""
-    with tempfile.TemporaryDirectory() as save_dir:
-        common = f"--datasets digits --arch {arch} --epochs 2 --print-freq 99"
-        common += f" --device standin --save-dir {save_dir}"
+    import accelerator  # registers a device, for the whole process
+
+    same = f"--datasets digits --arch {arch} --epochs 2 --device {accelerator.NAME} --overwrite"
+    with tempfile.TemporaryDirectory() as directory:
         for name, (method, own) in STEPS.items():
-            events = accepted_step(method, f"{common} {own}".split())
+            with accelerator.recorded() as events:
+                steps = steps_of(method, f"{same} {own}", place(method, Path(directory)), events)
+            # An epoch's first and last step ask for more than those between.
+            events = min((events for trials, events in steps if trials <= 1), key=len)
             print(name)
             asked = Counter((event.line, event.name) for event in events)
             for (line, operation), times in sorted(asked.items()):

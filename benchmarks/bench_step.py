@@ -149,17 +149,13 @@ def peak(name: str, options: str, side: int, k: int) -> float:
 
 
 def memory(arch: str, side: int, batch: int, k: int) -> Iterator[list[str]]:
-    """A row of peaks, each in a process of its own that has the settings of glibc's memory."""
+    """A row of peaks, each in a process of its own with glibc's own settings."""
     options = f"--arch {arch} --batch-size {batch}"
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     with mock.patch.dict(os.environ, plain, clear=True):
         peaks = [in_process(peak, name, options, side, k) for name in MEMORY]
-    basis = 4 * k * Case(f"--arch {arch}", 8).n
-    yield [
-        f"{side} × {side}, {batch}",
-        f"{k}",
-        *(f"{size / 2**20:.0f}" for size in (basis, *peaks)),
-    ]
+    sizes = 4 * k * Case(f"--arch {arch}", 8).n, *peaks
+    yield [f"{side} × {side}, {batch}", f"{k}", *(f"{size / 2**20:.0f}" for size in sizes)]
 
 
 def tables(page: Page, arch: str = "resnet20") -> None:
