@@ -104,7 +104,7 @@ def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterato
         for variant, ((method, epochs, _), own) in enumerate(alike.items(), 1):
             series = finals(own, lambda r: f"c = {r.experiment.noise:g}", lambda r: r.k)
             if max(map(len, series.values()), default=0) > 2:
-                figure = plots.against("k", series, plots.looks(series), np.log)
+                figure = plots.against("k", series, plots.looks(series), log=True)
                 caption = f"{method} in subspaces of k dimensions, of samples of {epochs} epochs"
                 yield Picture(f"dimensions_{number}_{variant}", f"{caption}{spread}.", figure)
 

@@ -662,6 +662,6 @@ def test_ends_can_be_seen_and_paths_are_said_to_be_projected():
 @pytest.mark.parametrize("accuracy", [0.0, 100.0, 50.0])
 def test_any_accuracy_can_be_drawn(accuracy):
     series = {"P-SGD": {2: [accuracy, accuracy], 5: [accuracy]}}
-    figure = plots.against("k", series, plots.looks(series), np.log)
+    figure = plots.against("k", series, plots.looks(series), log=True)
     assert plots.image(figure, "png").startswith(b"\x89PNG")
     assert b"</svg>" in plots.image(figure, "svg")
