@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -26,8 +25,14 @@ OTHERS = [("#CC79A7", "v"), ("#56B4E9", "X"), ("#8C564B", "p"), ("#7F7F7F", "*")
 # Line and marker of the variants of a method, as P-SGD with and without BN update.
 LINES = ("-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 4)))
 FILLS = ("full", "none", "bottom", "left", "top")
-# Ticks of a logit scale.
-PERCENT = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.9)
+# Of the metrics of an epoch what an axis says, and its scale.
+METRICS = {
+    "test_acc": ("test accuracy (%, logit scale)", "logit"),
+    "train_loss": ("training loss", "log"),
+    "trials": ("rejected trials per step", "linear"),
+    "step_length": ("length of a step ‖s‖", "log"),
+}
+PERCENT = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.9)  # ticks of a logit scale
 Looks = Mapping[str, Mapping[str, Any]]
 
 
@@ -54,15 +59,6 @@ def image(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def set_log(axis: Axis) -> None:
-    """Draw on a log scale, with labels also between the powers of 10 where there is room."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_minor_locator(LogLocator(subs=(2, 4, 6), numticks=2))
-    axis.set_tick_params(which="minor", length=3.5)
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}")
-
-
 def logit(percent: np.ndarray) -> np.ndarray:
     """Percent on a scale where 1 and 2 % are as far apart as 98 and 99 %; 0 and 100 are moved."""
     share = np.clip(percent, PERCENT[0], PERCENT[-1]) / 100
@@ -80,38 +76,42 @@ class LogitLocator(MaxNLocator):
         return seen[:: 1 + len(seen) // 11] if len(seen) > 2 else super().tick_values(vmin, vmax)
 
 
-def show_accuracy(axes: Axes, label: str) -> None:
-    """Draw percent on the y axis on a logit scale."""
-    axes.set_yscale("function", functions=(logit, lambda y: 100 / (1 + np.exp(-y))))
-    axes.yaxis.set_major_locator(LogitLocator(6))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel(f"{label} (%, logit scale)")
+def set_scale(axis: Axis, scale: str) -> None:
+    """Draw on a scale, "linear", "log" or "logit" of percent, with plain numbers as labels."""
+    if scale == "logit":
+        axis.axes.set_yscale("function", functions=(logit, lambda y: 100 / (1 + np.exp(-y))))
+        axis.set_major_locator(LogitLocator(6))
+    elif scale == "log":
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_minor_locator(LogLocator(subs=(2, 4, 6), numticks=2))
+        axis.set_minor_formatter("{x:g}")
+        axis.set_tick_params(which="minor", length=3.5)
+    axis.set_major_formatter("{x:g}")
 
 
 class Curve(NamedTuple):
-    """How a method went: E epochs, S seeds; accuracy in percent."""
+    """How a method went: E epochs, S seeds."""
 
     name: str
     epochs: np.ndarray  # (E,)
     seconds: np.ndarray  # (E,)
-    accuracy: np.ndarray  # (S, E)
-    loss: np.ndarray  # (S, E), NaN where there is none
+    metrics: Mapping[str, np.ndarray]  # (S, E), NaN where there is none
 
 
-def curves(shown: Sequence[Curve], looks: Looks) -> Figure:
-    """Test accuracy and training loss over epochs and seconds: the mean, and the range of seeds."""
+def curves(shown: Sequence[Curve], metrics: Sequence[str], looks: Looks) -> Figure:
+    """Two of METRICS over epochs and seconds: the mean, and the range of seeds."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    show_accuracy(grid[0, 0], "test accuracy")
-    set_log(grid[1, 0].yaxis)
-    for curve in shown:
-        look = looks[curve.name]
-        for column, x in enumerate((curve.epochs, curve.seconds)):
-            for axes, y in zip(grid[:, column], (curve.accuracy, curve.loss), strict=True):
+    for row, metric in zip(grid, metrics, strict=True):
+        label, scale = METRICS[metric]
+        set_scale(row[0].yaxis, scale)
+        row[0].set_ylabel(label)
+        for curve in shown:
+            y, look = curve.metrics[metric], looks[curve.name]
+            for axes, x in zip(row, (curve.epochs, curve.seconds), strict=True):
                 axes.plot(x, y.mean(0), label=curve.name, markevery=[-1], **look)
                 axes.fill_between(x, y.min(0), y.max(0), color=look["color"], alpha=0.15, lw=0)
                 axes.grid(which="both", alpha=0.3)
-    grid[1, 0].set_ylabel("training loss")
     grid[1, 0].set_xlabel("total epochs, sampling included")
     grid[1, 1].set_xlabel("seconds of training, sampling included")
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -124,17 +124,17 @@ def variance(ratios: np.ndarray, used: Sequence[int]) -> Figure:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     count = np.arange(1, len(ratios) + 1)
     left, right = figure.subplots(1, 2)
-    left.plot(count, 100 * ratios, "o-", color="#0072B2", markersize=4)
-    right.plot(count, 100 * ratios.cumsum(), "o-", color="#0072B2", markersize=4)
-    for axes, label in ((left, "explained variance (%)"), (right, "cumulative (%)")):
-        axes.set(xlabel=f"principal component of {len(count) + 1} samples", ylabel=label)
+    set_scale(left.yaxis, "log")
+    explained, both = (left, ratios, "explained variance"), (right, ratios.cumsum(), "cumulative")
+    for axes, y, label in (explained, both):
+        axes.plot(count, 100 * y, "o-", color="#0072B2", markersize=4)
+        axes.set(xlabel=f"principal component of {len(count) + 1} samples", ylabel=f"{label} (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(which="both", alpha=0.3)
+        beside = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right"}
         for k in used:
             axes.axvline(k + 0.5, color="#D55E00", linestyle="--")
-            where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
-            axes.annotate(f"k = {k}", (k + 0.5, 0.5), color="#D55E00", **where)
-    set_log(left.yaxis)
+            axes.text(k + 0.5, 0.5, f"k = {k}", color="#D55E00", **beside)
     return figure
 
 
@@ -172,45 +172,25 @@ def landscape(
     return figure
 
 
-def steps(runs: Sequence[tuple[str, Sequence[Mapping]]], looks: Looks) -> Figure:
-    """P-BFGS: rejected trials and length of the steps, from the name and the rows of each run."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, rows in runs:
-        look = {"alpha": 0.7, "markevery": [-1], **looks[name]}
-        epochs = [row["epoch"] for row in rows]
-        left.plot(epochs, [row["trials"] for row in rows], **look)
-        right.plot(epochs, [row["step_length"] for row in rows], label=name, **look)
-    for axes, label in ((left, "rejected trials per step"), (right, "length of a step ‖s‖")):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epochs in the subspace", ylabel=f"{label} (mean of the epoch)")
-        axes.grid(which="both", alpha=0.3)
-    set_log(right.yaxis)
-    handles, names = right.get_legend_handles_labels()
-    once = dict(zip(names, handles, strict=True))  # not for each seed
-    figure.legend(once.values(), once, loc="outside upper center", ncols=3)
-    return figure
-
-
 def against(
     setting: str, series: Mapping[str, Mapping[float, Sequence[float]]], looks: Looks,
-    log: bool = False,
+    scale: str = "linear",
 ) -> Figure:  # fmt: skip
     """Final test accuracies {name: {value of the setting: one a seed}}: mean ± deviation."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    show_accuracy(axes, "final test accuracy")
-    if log:
-        set_log(axes.xaxis)
+    set_scale(axes.xaxis, scale)
+    set_scale(axes.yaxis, "logit")
     for number, (name, values) in enumerate(series.items()):
         x = sorted(values)
         mean = [np.mean(values[at]) for at in x]
         std = [np.std(values[at], ddof=min(1, len(values[at]) - 1)) for at in x]
         bars = axes.errorbar(x, mean, std, label=name, capsize=3, **looks[name])
-        beside = offset_copy(axes.transData, figure, 3 * number, units="points")
+        shift = 3 * (number - len(series) // 2)
+        beside = offset_copy(axes.transData, figure, shift, units="points")
         for artist in bars.get_children():
             artist.set_transform(beside)
-    axes.set_xlabel(setting)
+    axes.set(xlabel=setting, ylabel="final test accuracy (%, logit scale)")
     axes.grid(which="both", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2)
     return figure

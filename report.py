@@ -67,12 +67,13 @@ def curves(runs: Sequence[Result]) -> list[plots.Curve]:
     for (title, before, done), seeds in alike.items():
         start = seeds[0].rows[0]["epoch"] - 1
         rows = [[{"epoch": start, "test_acc": r.start}, *r.rows] for r in seeds]
-        epochs, accuracy, loss = (
-            np.array([[row.get(name) for row in own] for own in rows], float)
-            for name in ("epoch", "test_acc", "train_loss")
-        )
+        epochs = before + np.array([row["epoch"] for row in rows[0]])
         seconds = np.mean([[r.seconds(i) for i in range(done + 1)] for r in seeds], axis=0)
-        found.append(plots.Curve(title, before + epochs[0], seconds, accuracy, loss))
+        metrics = {
+            name: np.array([[row.get(name) for row in own] for own in rows], float)
+            for name in plots.METRICS
+        }
+        found.append(plots.Curve(title, epochs, seconds, metrics))
     return found
 
 
@@ -98,7 +99,7 @@ def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterato
         for variant, ((method, epochs, _), own) in enumerate(alike.items(), 1):
             series = finals(own, lambda r: f"c = {r.experiment.noise:g}", lambda r: r.k)
             if max(map(len, series.values()), default=0) > 2:
-                figure = plots.against("k", series, plots.looks(series), log=True)
+                figure = plots.against("k", series, plots.looks(series), "log")
                 caption = f"{method} in subspaces of k dimensions, of samples of {epochs} epochs"
                 yield Picture(f"dimensions_{number}_{variant}", f"{caption}{spread}.", figure)
 
@@ -109,10 +110,11 @@ def pictures_of(
 ) -> Iterator[Picture]:  # fmt: skip
     """The pictures of an experiment, in files with names that begin with `name`."""
     several = len({result.seed for result in runs}) > 1
+    means = " Lines are means over the seeds, bands their range." if several else ""
     caption = "Test accuracy and training loss. Runs on samples begin where sampling ended, with "
-    caption += "the accuracy of the network they start from."
-    caption += " Lines are means over the seeds, bands their range." if several else ""
-    yield Picture(f"{name}_curves", caption, plots.curves(curves(runs), looks))
+    caption += f"the accuracy of the network they start from.{means}"
+    figure = plots.curves(curves(runs), ("test_acc", "train_loss"), looks)
+    yield Picture(f"{name}_curves", caption, figure)
 
     trajectory = probe.trajectory if probe else runs[0].trajectory
     own = [result for result in runs if result.trajectory is trajectory]
@@ -128,10 +130,23 @@ def pictures_of(
             caption = f"Training loss of {analysis.GRID_IMAGES} images around the trajectory{seed}."
             yield Picture(f"{name}_landscape", caption, figure)
 
-    searched = [(r.title, r.rows) for r in plain(runs) if "trials" in r.rows[-1]]
+    searched = [result for result in runs if "trials" in result.rows[-1]]
     if searched:
-        caption = f"The line search of P-BFGS{', a line for each seed' if several else ''}."
-        yield Picture(f"{name}_steps", caption, plots.steps(searched, looks))
+        figure = plots.curves(curves(searched), ("trials", "step_length"), looks)
+        caption = f"The line search of P-BFGS, averaged over each epoch.{means}"
+        yield Picture(f"{name}_steps", caption, figure)
+
+
+def illustrated(
+    runs: Sequence[Result], probes: Mapping, tables: Mapping, spread: str, problems: list[str]
+) -> Iterator[dict]:
+    """The sections of the page: pictures over all experiments, then tables and pictures of each."""
+    looks = plots.looks(run.title for run in plain(runs))
+    yield {"pictures": list(overview(runs, looks, spread))}
+    for number, (experiment, section) in enumerate(tables.items(), 1):
+        own = [run for run in runs if run.experiment == experiment]
+        name, probe = f"experiment_{number}", probes.get(experiment)
+        yield section | {"pictures": list(pictures_of(own, probe, name, looks, problems))}
 
 
 def page(files: Mapping[str, bytes], **values: Any) -> str:
@@ -167,15 +182,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         probes = analysis.measure(runs, args, problems)
 
     table, facts = results.tabulate(runs), results.machine(runs)
-    looks = plots.looks(run.title for run in plain(runs))
     several = any(len(row["seeds"]) > 1 for row in table)
     spread = "; mean ± standard deviation over the seeds" if several else ""
-    sections = [{"pictures": list(overview(runs, looks, spread))}]
-    for number, (experiment, section) in enumerate(results.sections(table).items(), 1):
-        own = [run for run in runs if run.experiment == experiment]
-        name, probe = f"experiment_{number}", probes.get(experiment)
-        section["pictures"] = list(pictures_of(own, probe, name, looks, problems))
-        sections.append(section)
+    sections = list(illustrated(runs, probes, results.sections(table), spread, problems))
     files = {
         f"{picture.name}.{kind}": plots.image(picture.figure, kind)
         for section in sections for picture in section["pictures"] for kind in ("png", "svg")

@@ -116,9 +116,7 @@ def method_of(config: Mapping[str, Any]) -> str:
     """What a run did, as the table names it."""
     arguments = config["arguments"]
     if arguments.get("average"):
-        first, last = config["samples"][0], config["samples"][-1]
-        which = f"samples {first}–{last}" if first < last else f"sample {first}"
-        return f"weight average ({which})"
+        return f"weight average (samples {config['samples'][0]}–{config['samples'][-1]})"
     if "basis" not in arguments:
         return {"adam": "Adam", "adamw": "AdamW"}.get(arguments["optimizer"], "SGD")
     name = "P-SGD" if "lr" in arguments else "P+-BFGS" if arguments["alpha"] else "P-BFGS"
@@ -293,9 +291,8 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
     for experiment, rows in found.items():
         seeds = sorted({seed for row in rows for seed in row["seeds"]})
         title = f"{experiment}; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-        found[experiment] = {
-            "title": title, "results": results_table(rows), "cost": cost_table(rows),
-        }  # fmt: skip
+        tables = {"results": results_table(rows), "cost": cost_table(rows)}
+        found[experiment] = {"title": title, **tables}
     return dict(sorted(found.items()))
 
 

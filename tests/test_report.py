@@ -587,9 +587,9 @@ def test_curves_begin_where_their_runs_do(runs, tmp_path, monkeypatch, undrawn):
     """Oracle: --evaluate of the first sample; a run on samples begins after the last of them."""
     drawn, draw = {}, plots.curves
 
-    def spy(curves, looks):
+    def spy(curves, metrics, looks):
         drawn.update({curve.name: curve for curve in curves})
-        return draw(curves, looks)
+        return draw(curves, metrics, looks)
 
     monkeypatch.setattr(plots, "curves", spy)
     table = report.main([str(runs / "one"), "--out", str(tmp_path / "out")])
@@ -597,12 +597,14 @@ def test_curves_begin_where_their_runs_do(runs, tmp_path, monkeypatch, undrawn):
     start = train_sgd.main([*DIGITS, *first])["test_acc"]
     for name, epochs in (("SGD", [*range(7)]), ("P-SGD", [6, 7, 8]), ("P-BFGS", [6, 7, 8])):
         assert drawn[name].epochs.tolist() == epochs
-        assert drawn[name].accuracy[0, 0] == pytest.approx(start)
-        assert drawn[name].accuracy[0, -1] == row_of(table, name)["final"][0]
+        assert drawn[name].metrics["test_acc"][0, 0] == pytest.approx(start)
+        assert drawn[name].metrics["test_acc"][0, -1] == row_of(table, name)["final"][0]
         assert drawn[name].seconds[-1] == pytest.approx(row_of(table, name)["seconds"][0])
-        assert np.isnan(drawn[name].loss[0, 0])
+        assert np.isnan(drawn[name].metrics["train_loss"][0, 0])
     report.main([str(runs / "one"), "--no-data", "--out", str(tmp_path / "out")])
-    assert np.isnan(drawn["P-SGD"].accuracy[0, 0]), "without data the beginning is not known"
+    assert np.isnan(drawn["P-SGD"].metrics["test_acc"][0, 0]), (
+        "without data the beginning is not known"
+    )
 
 
 def test_every_run_has_its_own_look():
@@ -624,8 +626,9 @@ def test_ticks_are_few_and_do_not_collide(epochs, low, high):
     values = np.linspace(low, high, epochs + 1)[None]
     losses = np.geomspace(1e-4 * (low + 1), high, epochs + 1)[None]
     x = np.arange(epochs + 1)
-    curve = plots.Curve("SGD", x, x / 3, values, losses)
-    figure = plots.curves([curve], plots.looks(["SGD"]))
+    metrics = {"test_acc": values, "train_loss": losses}
+    curve = plots.Curve("SGD", x, x / 3, metrics)
+    figure = plots.curves([curve], [*metrics], plots.looks(["SGD"]))
     figure.canvas.draw()
     labels = [label.get_text() for label in figure.axes[2].get_xticklabels()]
     assert all(re.fullmatch(r"−?\d+", label) for label in labels), labels
@@ -661,6 +664,6 @@ def test_ends_can_be_seen_and_paths_are_said_to_be_projected():
 @pytest.mark.parametrize("accuracy", [0.0, 100.0, 50.0])
 def test_any_accuracy_can_be_drawn(accuracy):
     series = {"P-SGD": {2: [accuracy, accuracy], 5: [accuracy]}}
-    figure = plots.against("k", series, plots.looks(series), log=True)
+    figure = plots.against("k", series, plots.looks(series), "log")
     assert plots.image(figure, "png").startswith(b"\x89PNG")
     assert b"</svg>" in plots.image(figure, "svg")
