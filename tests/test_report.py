@@ -619,12 +619,12 @@ def test_every_run_has_its_own_look():
         assert looks[one]["color"] != looks[other]["color"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 7, 150])
+@pytest.mark.parametrize(("epochs", "decades"), [(1, 0.1), (2, 1), (7, 2.9), (150, 7)])
 @pytest.mark.parametrize(("low", "high"), [(10, 99.9), (97.2, 97.3), (0, 100), (50, 50), (91, 96)])
-def test_ticks_are_few_and_do_not_collide(epochs, low, high):
+def test_ticks_are_few_and_do_not_collide(epochs, decades, low, high):
     """Oracle: where the labels are, as drawn; those of epochs are whole numbers."""
     values = np.linspace(low, high, epochs + 1)[None]
-    losses = np.geomspace(1e-4 * (low + 1), high, epochs + 1)[None]
+    losses = (low + 1) * np.logspace(-decades, 0, epochs + 1)[None]
     x = np.arange(epochs + 1)
     metrics = {"test_acc": values, "train_loss": losses}
     curve = plots.Curve("SGD", x, x / 3, metrics)
@@ -634,7 +634,8 @@ def test_ticks_are_few_and_do_not_collide(epochs, low, high):
     assert all(re.fullmatch(r"−?\d+", label) for label in labels), labels
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            boxes = [text.get_window_extent() for text in axis.get_ticklabels() if text.get_text()]
+            texts = axis.get_ticklabels() + axis.get_ticklabels(minor=True)
+            boxes = [text.get_window_extent() for text in texts if text.get_text()]
             boxes = [box for box in boxes if box.width and axes.bbox.padded(40).overlaps(box)]
             assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert len(figure.axes[0].get_yticklabels()) >= 2
@@ -649,9 +650,9 @@ def test_ends_can_be_seen_and_paths_are_said_to_be_projected():
     figure = plots.landscape(paths, grid, grid, loss, [0.5, 0.25], plots.looks(paths))
     axes = figure.axes[0]
     ends = [line for line in axes.lines if len(line.get_xdata()) == 1]
-    ends = [line for line in ends if line.get_color() != "white"]
     lengths = [line.get_markersize() for line in ends]
     assert len(ends) == 2
+    assert all(line.get_path_effects() for line in ends), "they have an edge"
     assert lengths == sorted(lengths, reverse=True)
     others = [line.get_zorder() for line in axes.lines if len(line.get_xdata()) > 1]
     assert min(line.get_zorder() for line in ends) > max(others)
