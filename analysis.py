@@ -79,14 +79,13 @@ def measure(
             probes.setdefault(own[0].experiment, probe)
             trajectory.start = probe.start_accuracy(trajectory)
             if trajectory.arguments["pretrained"] and trajectory.start is not None:
-                row = {"epoch": 0, "seconds": 0.0, "test_acc": trajectory.start}
                 before = {
                     "kind": "pretrained",
                     "method": "pretrained",
-                    "rows": [row],
-                    "start": None,
+                    "weights": directory / "0.pt",
                 }
-                own.append(replace(trajectory, **before, weights=directory / "0.pt"))
+                row = {"epoch": 0, "seconds": 0.0, "test_acc": trajectory.start}
+                own.append(replace(trajectory, **before, rows=[row], start=None))
                 results.insert(results.index(trajectory), own[-1])
             for result in tqdm(own, "training accuracy", disable=None, leave=False):
                 with noting(problems, f"{result.directory}: training accuracy"):
@@ -148,12 +147,12 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
         vector = torch.cat([state[name].reshape(-1) for name in names]).to(basis.device)
         return (basis @ (vector - plane.origin)).cpu().numpy()
 
-    found = ((result.title, path_of(result, basis, project)) for result in plain(results))
-    paths = {title: np.array(path) for title, path in found if path}
+    found = {result.title: path_of(result, basis, project) for result in plain(results)}
+    paths = {title: np.array(path) for title, path in found.items() if path}
     points = np.concatenate(list(paths.values()))
     low, high = points.min(0), points.max(0)
     room = 0.15 * (high - low).max()
-    x, y = (np.linspace(low[i] - room, high[i] + room, GRID) for i in range(2))
+    x, y = np.linspace(low - room, high + room, GRID).T
     loss = loss_on(plane, probe.train, np.stack(np.meshgrid(x, y), -1).reshape(-1, 2))
     loss = loss.reshape(GRID, GRID)
     return {"paths": paths, "x": x, "y": y, "loss": loss, "ratios": ratios.tolist()}
@@ -161,10 +160,10 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
 
 def path_of(result: Result, basis: Tensor, project: Callable) -> list[np.ndarray]:
     """Where a run went on the plane of a basis (2, n), a point an epoch; [] where not known."""
-    directory = result.trajectory.directory
-    files = [directory / f"{number}.pt" for number in utils.sample_numbers(directory)]
-    files = files if result.kind == "full" else [result.weights]
     if result.kind != "subspace":
+        directory, files = result.directory, [result.weights]
+        if result.kind == "full":
+            files = [directory / f"{number}.pt" for number in utils.sample_numbers(directory)]
         return [project(utils.load_state_dict(file)) for file in files if file.exists()]
     start = load(result, started_from(result))
     own = load_basis(result.directory / "basis.npz", basis.shape[1], basis.device)

@@ -2,14 +2,16 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.transforms import offset_copy
 
 # Color and marker of a method; the color-blind can tell Okabe and Ito's colors apart.
 METHODS = {
@@ -23,10 +25,14 @@ OTHERS = [("#CC79A7", "v"), ("#56B4E9", "X"), ("#8C564B", "p"), ("#7F7F7F", "*")
 # Line and marker of the variants of a method, as P-SGD with and without BN update.
 LINES = ("-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 4)))
 FILLS = ("full", "none", "bottom", "left", "top")
-# Where ticks can be, the finer ones only where few of the others are in sight.
-PERCENT = [(50, 90, 10, 99, 1, 95, 80, 20, 5, 98, 70, 30, 60, 40, 97, 3), range(5, 100, 5)]
-PERCENT += [range(1, 100), np.arange(1, 100, 0.5), np.arange(0.1, 100, 0.1)]
-MULTIPLES = [(1, 2, 5), (3, 1.5, 7, 4), np.arange(1, 10, 0.1), np.arange(1, 10, 0.01)]
+# Of the metrics of an epoch what an axis says, and its scale.
+METRICS = {
+    "test_acc": ("test accuracy (%, logit scale)", "logit"),
+    "train_loss": ("training loss", "log"),
+    "trials": ("rejected trials per step", "linear"),
+    "step_length": ("length of a step ‖s‖", "log"),
+}
+PERCENT = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.9)  # ticks of a logit scale
 Looks = Mapping[str, Mapping[str, Any]]
 
 
@@ -38,12 +44,10 @@ def looks(names: Iterable[str]) -> Looks:
     methods, variants, found = dict(METHODS), Counter(), {}
     for name in dict.fromkeys(names):
         method = name.partition(",")[0].partition(" (")[0]
-        if method not in methods:
-            methods[method] = OTHERS[(len(methods) - len(METHODS)) % len(OTHERS)]
-        (color, marker), number = methods[method], variants[method]
+        color, marker = methods.setdefault(method, OTHERS[len(methods) % len(OTHERS)])
         found[name] = {"color": color, "marker": marker, "markerfacecoloralt": "white"}
-        found[name]["linestyle"] = LINES[number % len(LINES)]
-        found[name]["fillstyle"] = FILLS[number % len(FILLS)]
+        found[name]["linestyle"] = LINES[variants[method] % len(LINES)]
+        found[name]["fillstyle"] = FILLS[variants[method] % len(FILLS)]
         variants[method] += 1
     return found
 
@@ -55,59 +59,59 @@ def image(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def logit(percent: Any) -> np.ndarray:
+def logit(percent: np.ndarray) -> np.ndarray:
     """Percent on a scale where 1 and 2 % are as far apart as 98 and 99 %; 0 and 100 are moved."""
-    share = np.clip(np.asarray(percent, dtype=float) / 100, 1e-3, 1 - 1e-3)
+    share = np.clip(percent, PERCENT[0], PERCENT[-1]) / 100
     return np.log(share / (1 - share))
 
 
-def ticks(axis: Axis, scale: Callable, tiers: Iterable[Iterable[float]]) -> None:
-    """Set ticks, with room for labels, on an axis on which values are drawn at scale(value)."""
-    low, high = axis.get_view_interval()
-    places: dict[float, float] = {}
-    for values in tiers:
-        for value in values if len(places) < 4 else ():
-            place = float(scale(value))
-            free = all(abs(place - other) > (high - low) / 12 for other in places.values())
-            if free and low <= place <= high:
-                places[value] = place
-    axis.set_ticks(list(places.values()), [f"{value:g}" for value in places])
+class LogitLocator(MaxNLocator):
+    """Ticks of a logit scale of percent; it is almost linear where it shows few of PERCENT."""
+
+    def nonsingular(self, v0: float, v1: float) -> tuple[float, float]:
+        return super().nonsingular(*np.clip((v0, v1), PERCENT[0], PERCENT[-1]))
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        seen = [value for value in PERCENT if vmin <= value <= vmax]
+        return seen[:: 1 + len(seen) // 11] if len(seen) > 2 else super().tick_values(vmin, vmax)
 
 
-def log_ticks(axis: Axis) -> None:
-    """Set ticks on an axis on which values are drawn at their decimal logarithms."""
-    powers = 10.0 ** np.arange(
-        np.floor(axis.get_view_interval()[0]), axis.get_view_interval()[1] + 1
-    )
-    ticks(axis, np.log10, [np.outer(values, powers).ravel() for values in MULTIPLES])
+def set_scale(axis: Axis, scale: str) -> None:
+    """Draw on a scale, "linear", "log" or "logit" of percent, with plain numbers as labels."""
+    if scale == "logit":
+        axis.axes.set_yscale("function", functions=(logit, lambda y: 100 / (1 + np.exp(-y))))
+        axis.set_major_locator(LogitLocator(6))
+    elif scale == "log":
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_minor_locator(LogLocator(subs=(2, 4, 6), numticks=2))
+        axis.set_minor_formatter("{x:g}")
+        axis.set_tick_params(which="minor", length=3.5)
+    axis.set_major_formatter("{x:g}")
 
 
 class Curve(NamedTuple):
-    """How a method went: E epochs, S seeds; accuracy in percent."""
+    """How a method went: E epochs, S seeds."""
 
     name: str
     epochs: np.ndarray  # (E,)
     seconds: np.ndarray  # (E,)
-    accuracy: np.ndarray  # (S, E)
-    loss: np.ndarray  # (S, E), NaN where there is none
+    metrics: Mapping[str, np.ndarray]  # (S, E), NaN where there is none
 
 
-def curves(shown: Sequence[Curve], looks: Looks) -> Figure:
-    """Test accuracy and training loss over epochs and seconds: the mean, and the range of seeds."""
+def curves(shown: Sequence[Curve], metrics: Sequence[str], looks: Looks) -> Figure:
+    """Two of METRICS over epochs and seconds: the mean, and the range of seeds."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    for curve in shown:
-        look = looks[curve.name]
-        for column, x in enumerate((curve.epochs, curve.seconds)):
-            for row, (y, scale) in enumerate(((curve.accuracy, logit), (curve.loss, np.log10))):
-                axes, band = grid[row, column], (scale(y.min(0)), scale(y.max(0)))
-                axes.plot(x, scale(y.mean(0)), label=curve.name, markevery=[-1], **look)
-                axes.fill_between(x, *band, color=look["color"], alpha=0.15, linewidth=0)
-                axes.grid(alpha=0.3)
-    ticks(grid[0, 0].yaxis, logit, PERCENT)
-    log_ticks(grid[1, 0].yaxis)
-    grid[0, 0].set_ylabel("test accuracy (%, logit scale)")
-    grid[1, 0].set_ylabel("training loss")
+    for row, metric in zip(grid, metrics, strict=True):
+        label, scale = METRICS[metric]
+        set_scale(row[0].yaxis, scale)
+        row[0].set_ylabel(label)
+        for curve in shown:
+            y, look = curve.metrics[metric], looks[curve.name]
+            for axes, x in zip(row, (curve.epochs, curve.seconds), strict=True):
+                axes.plot(x, y.mean(0), label=curve.name, markevery=[-1], **look)
+                axes.fill_between(x, y.min(0), y.max(0), color=look["color"], alpha=0.15, lw=0)
+                axes.grid(which="both", alpha=0.3)
     grid[1, 0].set_xlabel("total epochs, sampling included")
     grid[1, 1].set_xlabel("seconds of training, sampling included")
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -120,17 +124,17 @@ def variance(ratios: np.ndarray, used: Sequence[int]) -> Figure:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     count = np.arange(1, len(ratios) + 1)
     left, right = figure.subplots(1, 2)
-    left.plot(count, np.log10(100 * ratios), "o-", color="#0072B2", markersize=4)
-    right.plot(count, 100 * ratios.cumsum(), "o-", color="#0072B2", markersize=4)
-    for axes, label in ((left, "explained variance (%)"), (right, "cumulative (%)")):
-        axes.set(xlabel=f"principal component of {len(count) + 1} samples", ylabel=label)
+    set_scale(left.yaxis, "log")
+    explained, both = (left, ratios, "explained variance"), (right, ratios.cumsum(), "cumulative")
+    for axes, y, label in (explained, both):
+        axes.plot(count, 100 * y, "o-", color="#0072B2", markersize=4)
+        axes.set(xlabel=f"principal component of {len(count) + 1} samples", ylabel=f"{label} (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
+        axes.grid(which="both", alpha=0.3)
+        beside = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right"}
         for k in used:
             axes.axvline(k + 0.5, color="#D55E00", linestyle="--")
-            where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
-            axes.annotate(f"k = {k}", (k + 0.5, 0.5), color="#D55E00", **where)
-    log_ticks(left.yaxis)
+            axes.text(k + 0.5, 0.5, f"k = {k}", color="#D55E00", **beside)
     return figure
 
 
@@ -148,17 +152,16 @@ def landscape(
     filled = axes.contourf(x, y, loss, levels, cmap=grays, norm=LogNorm())
     axes.contour(x, y, loss, levels, colors="#606060", linewidths=0.4)
     figure.colorbar(filled, label="training loss", format="%.2g")
+    edge = [withStroke(linewidth=3.5, foreground="white")]
     for number, (name, path) in enumerate(paths.items()):
         # BN update, for one, does not change a path.
         same = [other for other in paths if np.array_equal(paths[other], path)]
         if name != same[0]:
             continue
-        axes.plot(*path.T, color="white", linewidth=3.5)
-        axes.plot(*path.T, label=" = ".join(same), markersize=4, **looks[name])
+        axes.plot(*path.T, label=" = ".join(same), markersize=4, path_effects=edge, **looks[name])
         # Ends are above all paths, later ones smaller: where several meet, all can be seen.
-        size, order = 12 - 5 * number / len(paths), 3 + number
-        axes.plot(*path[-1], "o", color="white", markersize=size + 3, zorder=order)
-        axes.plot(*path[-1], **looks[name], markersize=size, zorder=order + 0.5)
+        end = {"markersize": 12 - 5 * number / len(paths), "zorder": 3 + number}
+        axes.plot(*path[-1:].T, path_effects=edge, **looks[name], **end)
     axes.set_aspect("equal")
     axes.set_xlabel(f"along the first principal component ({ratios[0]:.1%} of the variance)")
     axes.set_ylabel(f"along the second ({ratios[1]:.1%})")
@@ -169,46 +172,25 @@ def landscape(
     return figure
 
 
-def steps(runs: Sequence[tuple[str, Sequence[Mapping]]], looks: Looks) -> Figure:
-    """P-BFGS: rejected trials and length of the steps, from the name and the rows of each run."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, rows in runs:
-        look = {"alpha": 0.7, "markevery": [-1], **looks[name]}
-        epochs = [row["epoch"] for row in rows]
-        left.plot(epochs, [row["trials"] for row in rows], **look)
-        right.plot(epochs, np.log10([row["step_length"] for row in rows]), label=name, **look)
-    for axes, label in ((left, "rejected trials per step"), (right, "length of a step ‖s‖")):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epochs in the subspace", ylabel=f"{label} (mean of the epoch)")
-        axes.grid(alpha=0.3)
-    log_ticks(right.yaxis)
-    handles, names = right.get_legend_handles_labels()
-    once = dict(zip(names, handles, strict=True))  # not for each seed
-    figure.legend(once.values(), once, loc="outside upper center", ncols=3)
-    return figure
-
-
 def against(
     setting: str, series: Mapping[str, Mapping[float, Sequence[float]]], looks: Looks,
-    scale: Callable = np.asarray,
+    scale: str = "linear",
 ) -> Figure:  # fmt: skip
     """Final test accuracies {name: {value of the setting: one a seed}}: mean ± deviation."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    settings = sorted({value for values in series.values() for value in values})
-    apart = np.ptp(scale(settings)) / 150  # error bars beside each other
+    set_scale(axes.xaxis, scale)
+    set_scale(axes.yaxis, "logit")
     for number, (name, values) in enumerate(series.items()):
         x = sorted(values)
-        mean = np.array([np.mean(values[at]) for at in x])
-        std = np.array([np.std(values[at], ddof=min(1, len(values[at]) - 1)) for at in x])
-        low, middle, high = logit(mean - std), logit(mean), logit(mean + std)
-        place = scale(x) + apart * (number - (len(series) - 1) / 2)
-        bars = [middle - low, high - middle]
-        axes.errorbar(place, middle, bars, label=name, capsize=3, **looks[name])
-    ticks(axes.yaxis, logit, PERCENT)
-    ticks(axes.xaxis, scale, [settings])
+        mean = [np.mean(values[at]) for at in x]
+        std = [np.std(values[at], ddof=min(1, len(values[at]) - 1)) for at in x]
+        bars = axes.errorbar(x, mean, std, label=name, capsize=3, **looks[name])
+        shift = 3 * (number - len(series) // 2)
+        beside = offset_copy(axes.transData, figure, shift, units="points")
+        for artist in bars.get_children():
+            artist.set_transform(beside)
     axes.set(xlabel=setting, ylabel="final test accuracy (%, logit scale)")
-    axes.grid(alpha=0.3)
+    axes.grid(which="both", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2)
     return figure

@@ -49,7 +49,7 @@ import results
 from checkpoint import replacing
 from cli import entry_point, pick_device
 from errors import InputError, blame
-from results import Result, grouped, markdown, noting, plain
+from results import Result, grouped, noting, plain
 
 
 class Picture(NamedTuple):
@@ -60,25 +60,20 @@ class Picture(NamedTuple):
     figure: Figure
 
 
-# -------------------------------------------------------------------------------- pictures
-
-
 def curves(runs: Sequence[Result]) -> list[plots.Curve]:
-    """How each method went, over its seeds, from where it began if the accuracy there is known."""
+    """How each method went, over its seeds, from where it began."""
     found = []
     alike = grouped(plain(runs), lambda r: (r.title, len(r.sampled), len(r.rows)))
     for (title, before, done), seeds in alike.items():
-        epochs = [seeds[0].rows[0]["epoch"] - 1, *(row["epoch"] for row in seeds[0].rows)]
+        start = seeds[0].rows[0]["epoch"] - 1
+        rows = [[{"epoch": start, "test_acc": r.start}, *r.rows] for r in seeds]
+        epochs = before + np.array([row["epoch"] for row in rows[0]])
         seconds = np.mean([[r.seconds(i) for i in range(done + 1)] for r in seeds], axis=0)
-        accuracy = [[r.start, *(row["test_acc"] for row in r.rows)] for r in seeds]
-        loss = [[None, *(row.get("train_loss") for row in r.rows)] for r in seeds]
-        known = slice(int(None in [result.start for result in seeds]), None)
-        parts = (
-            before + np.array(epochs),
-            seconds,
-            *(np.array(y, float) for y in (accuracy, loss)),
-        )
-        found.append(plots.Curve(title, *(part[..., known] for part in parts)))
+        metrics = {
+            name: np.array([[row.get(name) for row in own] for own in rows], float)
+            for name in plots.METRICS
+        }
+        found.append(plots.Curve(title, epochs, seconds, metrics))
     return found
 
 
@@ -104,7 +99,7 @@ def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterato
         for variant, ((method, epochs, _), own) in enumerate(alike.items(), 1):
             series = finals(own, lambda r: f"c = {r.experiment.noise:g}", lambda r: r.k)
             if max(map(len, series.values()), default=0) > 2:
-                figure = plots.against("k", series, plots.looks(series), np.log)
+                figure = plots.against("k", series, plots.looks(series), "log")
                 caption = f"{method} in subspaces of k dimensions, of samples of {epochs} epochs"
                 yield Picture(f"dimensions_{number}_{variant}", f"{caption}{spread}.", figure)
 
@@ -114,15 +109,16 @@ def pictures_of(
     problems: list[str],
 ) -> Iterator[Picture]:  # fmt: skip
     """The pictures of an experiment, in files with names that begin with `name`."""
-    seeds = {result.seed for result in runs}
+    several = len({result.seed for result in runs}) > 1
+    means = " Lines are means over the seeds, bands their range." if several else ""
     caption = "Test accuracy and training loss. Runs on samples begin where sampling ended, with "
-    caption += "the accuracy of the network they start from."
-    caption += " Lines are means over the seeds, bands their range." if len(seeds) > 1 else ""
-    yield Picture(f"{name}_curves", caption, plots.curves(curves(runs), looks))
+    caption += f"the accuracy of the network they start from.{means}"
+    figure = plots.curves(curves(runs), ("test_acc", "train_loss"), looks)
+    yield Picture(f"{name}_curves", caption, figure)
 
     trajectory = probe.trajectory if probe else runs[0].trajectory
     own = [result for result in runs if result.trajectory is trajectory]
-    seed = f" (seed {trajectory.seed})" if len(seeds) > 1 else ""
+    seed = f" (seed {trajectory.seed})" if several else ""
     with noting(problems, f"{trajectory.directory}: principal components and landscape"):
         samples = analysis.samples_of(own)
         if len(samples) > 2:
@@ -134,30 +130,38 @@ def pictures_of(
             caption = f"Training loss of {analysis.GRID_IMAGES} images around the trajectory{seed}."
             yield Picture(f"{name}_landscape", caption, figure)
 
-    searched = [(r.title, r.rows) for r in plain(runs) if "trials" in r.rows[-1]]
+    searched = [result for result in runs if "trials" in result.rows[-1]]
     if searched:
-        caption = f"The line search of P-BFGS{', a line for each seed' if len(seeds) > 1 else ''}."
-        yield Picture(f"{name}_steps", caption, plots.steps(searched, looks))
+        figure = plots.curves(curves(searched), ("trials", "step_length"), looks)
+        caption = f"The line search of P-BFGS, averaged over each epoch.{means}"
+        yield Picture(f"{name}_steps", caption, figure)
 
 
-# ------------------------------------------------------------------------------------ page
+def illustrated(
+    runs: Sequence[Result], probes: Mapping, tables: Mapping, spread: str, problems: list[str]
+) -> Iterator[dict]:
+    """The sections of the page: pictures over all experiments, then tables and pictures of each."""
+    looks = plots.looks(run.title for run in plain(runs))
+    yield {"pictures": list(overview(runs, looks, spread))}
+    for number, (experiment, section) in enumerate(tables.items(), 1):
+        own = [run for run in runs if run.experiment == experiment]
+        name, probe = f"experiment_{number}", probes.get(experiment)
+        yield section | {"pictures": list(pictures_of(own, probe, name, looks, problems))}
 
 
-def page(sections: Sequence[Mapping[str, Any]], files: Mapping[str, bytes], **texts: str) -> str:
+def page(files: Mapping[str, bytes], **values: Any) -> str:
     """The report as HTML, with the SVG files in it."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     environment.filters["embedded"] = lambda file: base64.b64encode(files[file]).decode()
-    return environment.get_template("report.html.jinja").render(sections=sections, **texts)
+    return environment.get_template("report.html.jinja").render(values)
 
 
 def markdown_page(sections: Sequence[Mapping[str, Any]], facts: str) -> str:
     """Tables and pictures as Markdown."""
     text = ""
     for section in sections:
-        if "title" in section:
-            text += f"## {section['title']}\n\n{markdown(*section['results'])}\n"
-            text += f"{results.COST}\n\n{markdown(*section['cost'])}\n"
+        text += f"{results.section_text(section)}\n" if "title" in section else ""
         for picture in section["pictures"]:
             text += f"![{picture.caption}]({picture.name}.png)\n\n{picture.caption}\n\n"
     return f"{text}{facts}\n"
@@ -178,23 +182,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         probes = analysis.measure(runs, args, problems)
 
     table, facts = results.tabulate(runs), results.machine(runs)
-    looks = plots.looks(run.title for run in plain(runs))
     several = any(len(row["seeds"]) > 1 for row in table)
     spread = "; mean ± standard deviation over the seeds" if several else ""
-    sections = [{"pictures": list(overview(runs, looks, spread))}]
-    for number, (experiment, rows) in enumerate(results.by_experiment(table).items(), 1):
-        own = [run for run in runs if run.experiment == experiment]
-        name, probe = f"experiment_{number}", probes.get(experiment)
-        section = {"title": f"{experiment}; {results.seeds_text(rows)}"}
-        section |= {"results": results.results_table(rows), "cost": results.cost_table(rows)}
-        section["pictures"] = list(pictures_of(own, probe, name, looks, problems))
-        sections.append(section)
+    sections = list(illustrated(runs, probes, results.sections(table), spread, problems))
     files = {
         f"{picture.name}.{kind}": plots.image(picture.figure, kind)
         for section in sections for picture in section["pictures"] for kind in ("png", "svg")
     }  # fmt: skip
-    text, images = results.machine_text(facts), f"{analysis.TRAINING_IMAGES:,}"
-    html = page(sections, files, spread=spread, cost=results.COST, facts=text, images=images)
+    text = results.machine_text(facts)
+    texts = {"spread": spread, "cost": results.COST, "facts": text}
+    html = page(files, sections=sections, images=analysis.TRAINING_IMAGES, **texts)
     exact = json.dumps({"machine": facts, "results": table})
     rounded = json.loads(exact, parse_float=lambda number: round(float(number), 4))
     files["index.html"] = html.encode()
@@ -205,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             stream.write(content)
 
     for section in sections[1:]:
-        print(f"\n{section['title']}\n{markdown(*section['results'])}", end="")
+        print(f"\n{section['title']}\n{results.markdown(section['results'])}", end="")
     for problem in problems:
         print(f"report.py: left out: {problem}", file=sys.stderr)
     print(f"\n{args.out / 'index.html'}: this table and pictures")

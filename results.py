@@ -5,7 +5,6 @@ What cannot be used is left out, with a line in a list of problems.
 """
 
 import contextlib
-import functools
 import json
 import math
 import statistics
@@ -24,8 +23,8 @@ SETTINGS += ("image_size", *PREPROCESSING)
 ACCURACIES = ("final", "best", "train", "correct labels", "wrong labels")
 COST = (
     "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "
+    "reach it, so compare methods that do so with equally many seeds."
 )
-COST += "reach it, so compare methods that do so with equally many seeds."
 
 # ------------------------------------------------------------------------------ reading runs
 
@@ -69,10 +68,11 @@ class Result:
         self.method = self.method or method_of(self.config)
         self.k = 0 if self.kind == "average" else self.config.get("k", "n")
         self.epochs = sum(row["epoch"] > 0 for row in self.rows)
+        self.total = len(self.sampled) + self.epochs
         self.final = self.rows[-1]["test_acc"]
         self.name = self.arguments.get("run") or ""
-        sessions = self.config.get("sessions", [self.config])  # the last may have gone further
-        done, last = self.rows[-1]["epoch"], sessions[-1]["arguments"]["epochs"]
+        done = self.rows[-1]["epoch"]
+        last = self.config.get("sessions", [self.config])[-1]["arguments"]["epochs"]
         self.finished = self.kind == "partial" or not 0 < done < last
         self.title = self.method + (f" ({self.name})" if self.name else "")
         self.title += "" if self.finished else f", {done} of {last} epochs so far"
@@ -116,9 +116,7 @@ def method_of(config: Mapping[str, Any]) -> str:
     """What a run did, as the table names it."""
     arguments = config["arguments"]
     if arguments.get("average"):
-        first, last = config["samples"][0], config["samples"][-1]
-        which = f"samples {first}–{last}" if first < last else f"sample {first}"
-        return f"weight average ({which})"
+        return f"weight average (samples {config['samples'][0]}–{config['samples'][-1]})"
     if "basis" not in arguments:
         return {"adam": "Adam", "adamw": "AdamW"}.get(arguments["optimizer"], "SGD")
     name = "P-SGD" if "lr" in arguments else "P+-BFGS" if arguments["alpha"] else "P-BFGS"
@@ -131,7 +129,7 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 
 def read_run(directory: Path, trajectory: Result | None = None) -> Result:
-    """The run in a directory: one on the samples of a trajectory, or itself a trajectory.
+    """The run in a directory; one on the samples of a trajectory where that is given.
 
     Like all that reads here, it raises an exception of any kind where there is none.
     """
@@ -139,8 +137,8 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
         raise ValueError("there is no config.json; a report is of directories that a run has made")
     config = json.loads((directory / "config.json").read_text())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    kind = "subspace" if "basis" in config["arguments"] else "full"
-    kind = "average" if config["arguments"].get("average") else kind
+    arguments = config["arguments"]
+    kind = "average" if arguments.get("average") else "subspace" if "basis" in arguments else "full"
     if trajectory is None and kind != "full":
         raise ValueError(f"a run on the samples of a save dir; give that one: {directory.parent}")
     if trajectory is not None and kind == "full":
@@ -158,46 +156,42 @@ def epoch_of(trajectory: Result, sample: int) -> float:
     return sample if not epochs else epochs[sample] if sample < len(epochs) else math.inf
 
 
-def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
+def read_on_samples(directory: Path, trajectory: Result) -> Iterator[Result]:
     """The run in a directory, and its trajectory at the last sample of a subspace run."""
     run = read_run(directory, trajectory)
     for name in EXPERIMENT:
         if run.arguments[name] != trajectory.arguments[name]:
             raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")
     samples, start = run.config["samples"], run.arguments.get("start")
-    last, found = epoch_of(trajectory, samples[-1]), digest(tuple(samples))
-    # Samples take room, and may have been removed. Were they of a trajectory that went further?
-    if found != run.config["fingerprint"] if found else last > trajectory.rows[-1]["epoch"]:
+    last = epoch_of(trajectory, samples[-1])
+    files = [trajectory.directory / f"{number}.pt" for number in samples]
+    if all(file.exists() for file in files):
+        replaced = fingerprint(files) != run.config["fingerprint"]
+    else:  # they take room, and may have been removed
+        replaced = last > trajectory.rows[-1]["epoch"]
+    if replaced:
         raise ValueError("its samples have been replaced since; run it again")
     used = max(last, epoch_of(trajectory, start) if isinstance(start, int) else 0)
-    run.sampled = [row for row in trajectory.rows if row["epoch"] <= math.ceil(used)]
-    yield run
+    yield replace(run, sampled=[row for row in trajectory.rows if row["epoch"] <= math.ceil(used)])
     rows = [row for row in trajectory.rows if row["epoch"] <= math.ceil(last)]
     if run.kind == "subspace" and 0 < len(rows) < len(trajectory.rows):
-        file = trajectory.directory / f"{samples[-1]}.pt"
-        others = {"weights": file if last == int(last) else None}
-        others["method"] = f"{trajectory.method} at epoch {rows[-1]['epoch']}"
-        yield replace(trajectory, kind="partial", rows=rows, trajectory=trajectory, **others)
+        weights = files[-1] if last == int(last) else None
+        method = f"{trajectory.method} at epoch {rows[-1]['epoch']}"
+        yield replace(trajectory, kind="partial", rows=rows, weights=weights, method=method)
 
 
 def read_save_dir(save_dir: Path, problems: list[str]) -> list[Result]:
     """The results of a save dir: the trajectory's first, then those on its samples."""
     trajectory = read_run(save_dir)
-
-    @functools.cache  # many runs build on the same samples
-    def digest(samples: tuple[int, ...]) -> str | None:
-        files = [save_dir / f"{number}.pt" for number in samples]
-        return fingerprint(files) if all(file.exists() for file in files) else None
-
     found: dict[tuple, Result] = {}
     for file in sorted(save_dir.glob("*/metrics.jsonl")):
         with noting(problems, file.parent):
-            for result in read_on_samples(file.parent, trajectory, digest):
+            for result in read_on_samples(file.parent, trajectory):
                 found.setdefault((result.directory, result.title), result)
 
     def place(result: Result) -> tuple:
-        total = len(result.sampled or result.rows)
-        return total, result.k != "n", bool(result.name), result.method, result.k
+        begun = len(result.sampled or result.rows)
+        return begun, result.k != "n", bool(result.name), result.method, result.k
 
     return [trajectory, *sorted(found.values(), key=place)]
 
@@ -225,8 +219,7 @@ def row_key(result: Result) -> tuple:
     """What the seeds of a row of the table share. A k that is chosen by variance may differ."""
     asked = result.arguments.get("n_components")
     k = asked if isinstance(asked, float) and result.arguments["basis"] == "pca" else result.k
-    total = len(result.sampled) + result.epochs
-    return result.experiment, result.title, k, result.epochs, total
+    return result.experiment, result.title, k, result.epochs, result.total
 
 
 def mismatch(result: Result, other: Result) -> str | None:
@@ -241,18 +234,17 @@ def mismatch(result: Result, other: Result) -> str | None:
 
 def plain(results: Iterable[Result]) -> list[Result]:
     """Of several runs of a method on one trajectory the one without a name, else the first."""
-    found: dict = {}
-    for result in sorted(results, key=lambda result: result.name):
-        found.setdefault((result.trajectory.directory, result.method), result)
-    return [result for result in found.values() if result.kind != "partial"]
+    ordered = sorted(results, key=lambda result: result.name)
+    runs = grouped(ordered, lambda result: (result.trajectory.directory, result.method))
+    return [own[0] for own in runs.values() if own[0].kind != "partial"]
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:
     """The items that share a key, in the order in which they come."""
-    groups = defaultdict(list)
+    groups: dict = {}
     for item in items:
-        groups[key(item)].append(item)
-    return dict(groups)
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 # ---------------------------------------------------------------------------------- tables
@@ -293,60 +285,65 @@ def tabulate(results: Sequence[Result]) -> list[dict]:
     return table
 
 
-def by_experiment(table: Iterable[dict]) -> dict[Experiment, list[dict]]:
-    """The rows of results.json by experiment, the least noise first."""
-    of = grouped(table, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
-    return dict(sorted(of.items()))
+def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
+    """Title and tables of each experiment from rows of results.json, the least noise first."""
+    found = grouped(table, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
+    for experiment, rows in found.items():
+        seeds = sorted({seed for row in rows for seed in row["seeds"]})
+        title = f"{experiment}; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+        tables = {"results": results_table(rows), "cost": cost_table(rows)}
+        found[experiment] = {"title": title, **tables}
+    return dict(sorted(found.items()))
 
 
-def seeds_text(rows: Iterable[dict]) -> str:
-    """The seeds of an experiment, in words."""
-    seeds = sorted({seed for row in rows for seed in row["seeds"]})
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def results_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """The columns and rows of the table of an experiment."""
+def results_table(rows: Sequence[dict]) -> list[dict]:
+    """The table of an experiment: what stands in each column of a row."""
     shown = ACCURACIES if rows[0]["noise"] else ACCURACIES[:3]
     shown = [name for name in shown if any(mean_std(row[name], 2) for row in rows)]
-    most, cells = max(len(row["seeds"]) for row in rows), []
+    most, table = max(len(row["seeds"]) for row in rows), []
     for row in rows:
         seeds = len(row["seeds"])
-        few = f", {seeds} of {most} seeds" if seeds < most else ""
-        cells.append(
-            [row["method"] + few, *(str(row[name]) for name in ("k", "epochs", "total epochs"))]
-        )
-        cells[-1] += [*(mean_std(row[name], 2) for name in shown), mean_std(row["seconds"], 0)]
-    return ["method", "k", "epochs", "total epochs", *shown, "seconds"], cells
+        cells = {"method": row["method"] + (f", {seeds} of {most} seeds" if seeds < most else "")}
+        cells |= {name: row[name] for name in ("k", "epochs", "total epochs")}
+        cells |= {name: mean_std(row[name], 2) for name in shown}
+        table.append(cells | {"seconds": mean_std(row["seconds"], 0)})
+    return table
 
 
-def cost_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """The columns and rows of the table of costs."""
-    cells = []
-    for row in [row for row in rows if " at epoch " not in row["method"]]:  # SGD's beginning
+def cost_table(rows: Iterable[dict]) -> list[dict]:
+    """The table of costs, but for SGD's beginning."""
+    table = []
+    for row in [row for row in rows if " at epoch " not in row["method"]]:
         there = [cost for cost in row["cost"] if cost]
         epochs, seconds = zip(*there, strict=True) if there else ((), ())
-        cells.append([row["method"], str(row["k"]), f"{len(there)} of {len(row['seeds'])}"])
-        cells[-1] += [mean_std(epochs, 1), mean_std(seconds, 1)]
-    return ["method", "k", "reached by", "total epochs", "seconds"], cells
+        cells = {"method": row["method"], "k": row["k"]}
+        cells["reached by"] = f"{len(there)} of {len(row['seeds'])}"
+        cells["total epochs"], cells["seconds"] = mean_std(epochs, 1), mean_std(seconds, 1)
+        table.append(cells)
+    return table
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(table: Sequence[dict]) -> str:
     """A Markdown table that can be read as it is."""
-    cells = [columns, *rows]
+    cells = [[str(cell) for cell in row] for row in (table[0], *(row.values() for row in table))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def machine(results: Iterable[Result]) -> dict[str, list]:
+def section_text(section: Mapping[str, Any]) -> str:
+    """Title and tables of an experiment as Markdown."""
+    text = f"## {section['title']}\n\n{markdown(section['results'])}\n"
+    return f"{text}{COST}\n\n{markdown(section['cost'])}"
+
+
+def machine(results: Sequence[Result]) -> dict[str, list]:
     """Where the runs were made, and with what: each value that occurs."""
-    configs = [dict(result.config) for result in results]
-    for config in configs:
-        config["versions"] = ", ".join(map(" ".join, config["versions"].items()))
-    names = ("device", "threads", "commit", "versions")
-    return {name: list(dict.fromkeys(config[name] for config in configs)) for name in names}
+    facts = {name: [r.config[name] for r in results] for name in ("device", "threads", "commit")}
+    versions = [r.config["versions"].items() for r in results]
+    facts["versions"] = [", ".join(map(" ".join, items)) for items in versions]
+    return {name: list(dict.fromkeys(values)) for name, values in facts.items()}
 
 
 def machine_text(facts: Mapping[str, Sequence]) -> str:
