@@ -1,8 +1,10 @@
 """Data, label corruption, parameters as one vector, the samples of a trajectory and their PCA."""
 
 import argparse
+import atexit
 import contextlib
 import math
+import multiprocessing
 import operator
 import os
 import re
@@ -175,6 +177,8 @@ class FileLoader:
         self.files, self.labels, self.batch_size = split.images, split.labels, batch_size
         self.device, self.seed, self.layout = device, seed, layout
         self.workers = min(workers, os.cpu_count() or 1)
+        if self.workers:
+            atexit.register(kill_workers)
         cut = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]  # 256 for 224
         if dataset.padding and seed is not None:
             cut = [transforms.RandomResizedCrop(size)]
@@ -220,6 +224,17 @@ def ignore_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM go to a whole group; the main process ends the workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """End, at exit, the workers that an error's traceback has kept.
+
+    Python itself would send the SIGTERM that they ignore, and wait for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def open_image(file: str) -> Image.Image:

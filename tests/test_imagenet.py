@@ -1,9 +1,12 @@
 """ImageNet's path: photographs at 224 pixels. Oracles: arithmetic, and one process for two."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_scale import torchrun
@@ -81,3 +84,14 @@ def test_a_network_of_torchvision(photographs, tmp_path, capsys):
     assert "resnet18 (torchvision's), 11,177,538 parameters" in capsys.readouterr().out
     row = train_pbfgs.main([*argv, "--params_end", "3", "--n_components", "2"])
     assert 0 <= row["trials"] <= 30
+
+
+def test_an_image_that_cannot_be_read_ends_the_program(photographs, tmp_path):
+    """The error keeps the processes that decode, and they ignore the SIGTERM that Python sends."""
+    (tmp_path / "train" / "china" / "0.jpg").write_text("no image")
+    command = [sys.executable, "train_sgd.py", *photographs, "--workers", "2"]
+    command += ["--save-dir", tmp_path / "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "china/0.jpg: not a readable image" in done.stderr
