@@ -45,7 +45,7 @@ from distributed import (
 )
 from errors import InputError, blame, handling
 from network import build_model, copy_into, load_weights
-from utils import Data, batch_sizes, load_data, rng, trainable
+from utils import Data, batch_sizes, load_data, read_tensors, rng, trainable
 
 # ---------------------------------------------------------------------------- loss and tests
 
@@ -208,8 +208,9 @@ class Run:
                 directory / "basis.npz",
                 basis._replace(basis=basis.basis[:, :0]) if args.shard_basis else basis,
             )
-        if self.rows and self.epoch >= args.epochs and not self.done:
-            self.save_results()  # a run that was killed may have written only its checkpoint
+        # A run that was killed may have written its checkpoint only.
+        if self.rows and self.epoch >= args.epochs and not self.done and not self.has_results():
+            self.save_results()
         if args.compile:
             # Else torch takes an epoch's last, smaller batch as a reason to make a graph for all
             # sizes, and keeps to that one.
@@ -482,3 +483,9 @@ class Run:
         save(self.directory / "metrics.jsonl", lines)
         if with_model:
             save(self.directory / "model.th", self.summary())
+
+    def has_results(self) -> bool:
+        """Whether model.th, which is written last, is of the last epoch."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return read_tensors(self.directory / "model.th")["epoch"] == self.epoch
+        return False
