@@ -38,7 +38,7 @@ def photographs(tmp_path, monkeypatch):
     """The options for a folder of two classes: 20 pieces to train of each photograph, 6 to test."""
     (tmp_path / "photographed.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         image = Image.fromarray(photograph)
@@ -54,14 +54,16 @@ def photographs(tmp_path, monkeypatch):
 
 def test_the_chain(photographs, tmp_path):
     """40 images in batches of 10: 4 steps an epoch, of which every second is sampled."""
+    lines = ["import train_pbfgs, train_sgd"]
     for script, options in COMMANDS.values():
         script.main([*photographs, *options, "--save-dir", str(tmp_path / "one")])
-        if script is train_psgd:
-            continue  # what is its own is in test_scale.py
-        argv = [*photographs, *options, "--save-dir", str(tmp_path / "two")]
-        process = torchrun(f"{script.__name__}.py", *argv)
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+        if script is not train_psgd:  # what is its own is in test_scale.py
+            argv = [*photographs, *options, "--save-dir", str(tmp_path / "two")]
+            lines.append(f"{script.__name__}.main({argv})")
+    (tmp_path / "both.py").write_text("\n".join(lines))
+    process = torchrun(tmp_path / "both.py")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["sample_epochs"] == [i / 2 for i in range(9)]
     assert len(list((tmp_path / "one").glob("[0-9]*.pt"))) == 9

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DIGITS, in_processes
+from conftest import DIGITS, ROOT, in_processes
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -236,30 +236,33 @@ def test_a_killed_process_ends_the_job_or_restarts_it(restarts, tmp_path):
     assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 13))
 
 
-def test_sigterm_saves_and_the_run_resumes(tmp_path):
+def test_sigterm_saves_and_the_run_resumes(tmp_path, monkeypatch):
     """Oracle: weights and rows of an unbroken run of two processes. A refusal is one line."""
-    command = ["train_sgd.py", *LONG, tmp_path / "run", "--epochs", "8"]
-    process = torchrun(*command)
+    run, whole = ([*LONG, str(tmp_path / name), "--epochs", "8"] for name in ("run", "whole"))
+    process = torchrun("train_sgd.py", *run)
     wait_for(tmp_path / "run" / "1.pt", process)
     process.terminate()
     output, _ = process.communicate(timeout=200)
     assert "stopped by SIGTERM; the same command with --resume continues" in output
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert len(saved["rows"]) < 8
-    process = torchrun(*command)
+    process = torchrun("train_sgd.py", *run)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert len([line for line in output.splitlines() if "holds a run" in line]) == 1
-    process = torchrun(*command, "--resume")
+    lines = [
+        "import train_sgd",
+        f"train_sgd.main({[*run, '--resume']})",
+        f"train_sgd.main({whole})",
+    ]
+    (tmp_path / "both.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    process = torchrun(tmp_path / "both.py")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    assert len([line for line in output.splitlines() if "epoch   8/8" in line]) == 1
+    assert len([line for line in output.splitlines() if "epoch   8/8" in line]) == 2
     assert "FutureWarning" not in output
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
-    command[-3] = tmp_path / "whole"
-    process = torchrun(*command)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
     whole, broken = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
         for name in ("whole", "run")
