@@ -116,7 +116,9 @@ def method_of(config: Mapping[str, Any]) -> str:
     """What a run did, as the table names it."""
     arguments = config["arguments"]
     if arguments.get("average"):
-        return f"weight average (samples {config['samples'][0]}–{config['samples'][-1]})"
+        first, last = config["samples"][0], config["samples"][-1]
+        which = f"samples {first}–{last}" if first < last else f"sample {first}"
+        return f"weight average ({which})"
     if "basis" not in arguments:
         return {"adam": "Adam", "adamw": "AdamW"}.get(arguments["optimizer"], "SGD")
     name = "P-SGD" if "lr" in arguments else "P+-BFGS" if arguments["alpha"] else "P-BFGS"
