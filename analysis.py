@@ -79,14 +79,13 @@ def measure(
             probes.setdefault(own[0].experiment, probe)
             trajectory.start = probe.start_accuracy(trajectory)
             if trajectory.arguments["pretrained"] and trajectory.start is not None:
-                before = {
-                    "kind": "pretrained",
-                    "method": "pretrained",
-                    "weights": directory / "0.pt",
-                }
                 row = {"epoch": 0, "seconds": 0.0, "test_acc": trajectory.start}
-                own.append(replace(trajectory, **before, rows=[row], start=None))
-                results.insert(results.index(trajectory), own[-1])
+                before = replace(
+                    trajectory, kind="pretrained", method="pretrained", rows=[row], start=None,
+                    weights=directory / "0.pt",
+                )  # fmt: skip
+                own.append(before)
+                results.insert(results.index(trajectory), before)
             for result in tqdm(own, "training accuracy", disable=None, leave=False):
                 with noting(problems, f"{result.directory}: training accuracy"):
                     if result.kind == "subspace":

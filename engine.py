@@ -395,10 +395,11 @@ class Run:
         """Write a row of metrics, and where due the checkpoint and model.th."""
         self.rows.append(row)
         self.done, self.seconds, self.totals = 0, 0.0, Counter()
-        due = row["epoch"] % self.args.save_every == 0 or row["epoch"] == self.args.epochs
-        if due:
+        if row["epoch"] % self.args.save_every == 0 or row["epoch"] == self.args.epochs:
             self.save_checkpoint()
-        self.save_results(with_model=due)
+            self.save_results()
+        else:
+            self.save_metrics()
 
     def means(self) -> dict[str, float]:
         """The epoch's mean loss, accuracy in percent and details."""
@@ -477,12 +478,15 @@ class Run:
         }
         save(self.directory / "checkpoint.pt", self.summary() | needed)
 
-    def save_results(self, with_model: bool = True) -> None:
-        """Write metrics.jsonl, and model.th."""
+    def save_metrics(self) -> None:
+        """Write metrics.jsonl."""
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         save(self.directory / "metrics.jsonl", lines)
-        if with_model:
-            save(self.directory / "model.th", self.summary())
+
+    def save_results(self) -> None:
+        """Write metrics.jsonl and model.th."""
+        self.save_metrics()
+        save(self.directory / "model.th", self.summary())
 
     def has_results(self) -> bool:
         """Whether model.th, which is written last, is of the last epoch."""

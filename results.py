@@ -5,6 +5,7 @@ What cannot be used is left out, with a line in a list of problems.
 """
 
 import contextlib
+import functools
 import json
 import math
 import statistics
@@ -68,7 +69,6 @@ class Result:
         self.method = self.method or method_of(self.config)
         self.k = 0 if self.kind == "average" else self.config.get("k", "n")
         self.epochs = sum(row["epoch"] > 0 for row in self.rows)
-        self.total = len(self.sampled) + self.epochs
         self.final = self.rows[-1]["test_acc"]
         self.name = self.arguments.get("run") or ""
         done = self.rows[-1]["epoch"]
@@ -158,7 +158,7 @@ def epoch_of(trajectory: Result, sample: int) -> float:
     return sample if not epochs else epochs[sample] if sample < len(epochs) else math.inf
 
 
-def read_on_samples(directory: Path, trajectory: Result) -> Iterator[Result]:
+def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
     """The run in a directory, and its trajectory at the last sample of a subspace run."""
     run = read_run(directory, trajectory)
     for name in EXPERIMENT:
@@ -166,9 +166,9 @@ def read_on_samples(directory: Path, trajectory: Result) -> Iterator[Result]:
             raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")
     samples, start = run.config["samples"], run.arguments.get("start")
     last = epoch_of(trajectory, samples[-1])
-    files = [trajectory.directory / f"{number}.pt" for number in samples]
+    files = tuple(trajectory.directory / f"{number}.pt" for number in samples)
     if all(file.exists() for file in files):
-        replaced = fingerprint(files) != run.config["fingerprint"]
+        replaced = digest(files) != run.config["fingerprint"]
     else:  # they take room, and may have been removed
         replaced = last > trajectory.rows[-1]["epoch"]
     if replaced:
@@ -185,10 +185,11 @@ def read_on_samples(directory: Path, trajectory: Result) -> Iterator[Result]:
 def read_save_dir(save_dir: Path, problems: list[str]) -> list[Result]:
     """The results of a save dir: the trajectory's first, then those on its samples."""
     trajectory = read_run(save_dir)
+    digest = functools.cache(fingerprint)  # many runs build on the same samples
     found: dict[tuple, Result] = {}
     for file in sorted(save_dir.glob("*/metrics.jsonl")):
         with noting(problems, file.parent):
-            for result in read_on_samples(file.parent, trajectory):
+            for result in read_on_samples(file.parent, trajectory, digest):
                 found.setdefault((result.directory, result.title), result)
 
     def place(result: Result) -> tuple:
@@ -221,7 +222,8 @@ def row_key(result: Result) -> tuple:
     """What the seeds of a row of the table share. A k that is chosen by variance may differ."""
     asked = result.arguments.get("n_components")
     k = asked if isinstance(asked, float) and result.arguments["basis"] == "pca" else result.k
-    return result.experiment, result.title, k, result.epochs, result.total
+    total = len(result.sampled) + result.epochs
+    return result.experiment, result.title, k, result.epochs, total
 
 
 def mismatch(result: Result, other: Result) -> str | None:

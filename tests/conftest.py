@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,6 +29,13 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by what is started
 
 DIGITS = ["--datasets", "digits", "--arch", "resnet8", "--batch-size", "256"]
+
+
+def program(*calls: tuple[ModuleType, list[str]]) -> str:
+    """Python that calls each script's main: importing torch takes longer than they do."""
+    return "\n".join(
+        f"import {script.__name__}; {script.__name__}.main({argv})" for script, argv in calls
+    )
 
 
 def in_processes(processes: int, work: Callable, *arguments: Any) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, program
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_scale import torchrun
@@ -54,13 +54,13 @@ def photographs(tmp_path, monkeypatch):
 
 def test_the_chain(photographs, tmp_path):
     """40 images in batches of 10: 4 steps an epoch, of which every second is sampled."""
-    lines = ["import train_pbfgs, train_sgd"]
+    calls = []
     for script, options in COMMANDS.values():
         script.main([*photographs, *options, "--save-dir", str(tmp_path / "one")])
         if script is not train_psgd:  # what is its own is in test_scale.py
             argv = [*photographs, *options, "--save-dir", str(tmp_path / "two")]
-            lines.append(f"{script.__name__}.main({argv})")
-    (tmp_path / "both.py").write_text("\n".join(lines))
+            calls.append((script, argv))
+    (tmp_path / "both.py").write_text(program(*calls))
     process = torchrun(tmp_path / "both.py")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS
+from conftest import DIGITS, program
 from test_options import files
 from torch import nn
 
@@ -94,6 +94,20 @@ def start(name, sampled, tmp_path):
     return script, [*options, "--save-dir", str(save_dir)], save_dir
 
 
+def interrupt(patch, moment: int, number: int = signal.SIGINT) -> list:
+    """Let a signal come at that forward pass, counted from 1; returns those there were."""
+    cross_entropy, calls = engine.cross_entropy, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == moment:
+            os.kill(os.getpid(), number)
+        return cross_entropy(*args)
+
+    patch("cross_entropy", interrupted)
+    return calls
+
+
 @pytest.mark.parametrize(
     ("moment", "number"),
     [(2, signal.SIGINT), (6, signal.SIGTERM), (7, signal.SIGHUP), (13, signal.SIGTERM)],
@@ -105,15 +119,7 @@ def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
     """At a forward pass of training, of a test or of a search, and once more on the way."""
     script, argv, save_dir = start(name, sampled, tmp_path)
     cross_entropy = engine.cross_entropy
-    calls = []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == moment:
-            os.kill(os.getpid(), number)
-        return cross_entropy(*args)
-
-    patch("cross_entropy", interrupted)
+    calls = interrupt(patch, moment, number)
     for _ in range(2):
         calls.clear()
         with pytest.raises(SystemExit) as exit:
@@ -131,15 +137,7 @@ def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
 def test_weights_of_half_an_epoch_are_no_result(sampled, tmp_path, patch):
     """Stopped in the fourth epoch, resumed to end after three. Oracle: the files before."""
     script, argv, save_dir = start("sgd", sampled, tmp_path)
-    cross_entropy, calls = engine.cross_entropy, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3 * 7 + 2:  # an epoch has 6 batches, and one for the test
-            os.kill(os.getpid(), signal.SIGINT)
-        return cross_entropy(*args)
-
-    patch("cross_entropy", interrupted)
+    interrupt(patch, 3 * 7 + 2)  # an epoch has 6 batches, and one for the test
     with pytest.raises(SystemExit):
         script.main(argv)
     before = contents(save_dir)
@@ -198,15 +196,7 @@ def test_dropout_is_a_function_of_the_step(patch, script, moment, tmp_path, monk
         shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
         options += ["--params_end", "3", "--n_components", "2", "--bn-update"]
         script.main([*options, "--save-dir", str(tmp_path / "unbroken")])
-    cross_entropy, calls = engine.cross_entropy, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == moment:
-            os.kill(os.getpid(), signal.SIGINT)
-        return cross_entropy(*args)
-
-    patch("cross_entropy", interrupted)
+    interrupt(patch, moment)
     with pytest.raises(SystemExit):
         script.main([*options, "--save-dir", str(tmp_path / "broken")])
     script.main([*options, "--save-dir", str(tmp_path / "broken")])
@@ -252,13 +242,12 @@ def test_the_chain_ends_with_its_script(tmp_path):
 
 
 def chain(save_dir: Path) -> list[str]:
-    """The three scripts in one program: importing torch takes longer than they do."""
-    lines = ["import train_sgd, train_psgd, train_pbfgs"]
+    """The three scripts in one program."""
+    calls = []
     for name, (script, _, options) in RUNS.items():
         end = ["--epochs", "7"] if name == "sgd" else []
-        argv = [*options, *end, "--save-dir", str(save_dir), "--resume"]
-        lines.append(f"{script.__name__}.main({argv})")
-    return [sys.executable, "-c", "\n".join(lines)]
+        calls.append((script, [*options, *end, "--save-dir", str(save_dir), "--resume"]))
+    return [sys.executable, "-c", program(*calls)]
 
 
 @pytest.mark.slow

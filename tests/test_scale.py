@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DIGITS, ROOT, in_processes
+from conftest import DIGITS, ROOT, in_processes, program
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -250,12 +250,8 @@ def test_sigterm_saves_and_the_run_resumes(tmp_path, monkeypatch):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert len([line for line in output.splitlines() if "holds a run" in line]) == 1
-    lines = [
-        "import train_sgd",
-        f"train_sgd.main({[*run, '--resume']})",
-        f"train_sgd.main({whole})",
-    ]
-    (tmp_path / "both.py").write_text("\n".join(lines))
+    calls = (train_sgd, [*run, "--resume"]), (train_sgd, whole)
+    (tmp_path / "both.py").write_text(program(*calls))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     process = torchrun(tmp_path / "both.py")
     output, _ = process.communicate(timeout=200)
