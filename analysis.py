@@ -88,7 +88,7 @@ def measure(
                 results.insert(results.index(trajectory), before)
             for result in tqdm(own, "training accuracy", disable=None, leave=False):
                 with noting(problems, f"{result.directory}: training accuracy"):
-                    if result.kind == "subspace":
+                    if result.kind in ("subspace", "continued"):
                         result.start = probe.start_accuracy(result)
                     if result.weights and result.weights.exists():
                         result.fits = probe.training_accuracy(result.weights)
@@ -111,7 +111,7 @@ def started_from(result: Result) -> range:
         return sample_range(arguments)
     if result.kind == "subspace" and start is None and arguments["pretrained"]:
         return range(0)
-    start = arguments.get("params_start", 0) if start is None else start
+    start = arguments.get("params_start", arguments["start_epoch"]) if start is None else start
     return range(start, start + 1)
 
 
@@ -161,7 +161,7 @@ def path_of(result: Result, basis: Tensor, project: Callable) -> list[np.ndarray
     """Where a run went on the plane of a basis (2, n), a point an epoch; [] where not known."""
     if result.kind != "subspace":
         directory, files = result.directory, [result.weights]
-        if result.kind == "full":
+        if result.kind in ("full", "continued"):
             files = [directory / f"{number}.pt" for number in utils.sample_numbers(directory)]
         return [project(utils.load_state_dict(file)) for file in files if file.exists()]
     start = load(result, started_from(result))

@@ -250,6 +250,8 @@ class Run:
             facts["sample_epochs"] = [round(i * every / self.steps, 6) for i in numbers]
         if self.basis:
             facts["k"] = len(self.basis.basis)
+            explained = 100 * float(self.basis.explained_variance_ratio.sum())
+            facts["explained_variance"] = explained if math.isfinite(explained) else None
         if numbers := sample_range(vars(args)):
             # With it a report can tell that the samples are still those that were used.
             facts |= {"samples": list(numbers), "fingerprint": sample_fingerprint(args)}

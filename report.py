@@ -65,9 +65,8 @@ def curves(runs: Sequence[Result]) -> list[plots.Curve]:
     found = []
     alike = grouped(plain(runs), lambda r: (r.title, len(r.sampled), len(r.rows)))
     for (title, before, done), seeds in alike.items():
-        start = seeds[0].rows[0]["epoch"] - 1
-        rows = [[{"epoch": start, "test_acc": r.start}, *r.rows] for r in seeds]
-        epochs = before + np.array([row["epoch"] for row in rows[0]])
+        rows = [[{"test_acc": r.start}, *r.rows] for r in seeds]
+        epochs = before + np.arange(done + 1)
         seconds = np.mean([[r.seconds(i) for i in range(done + 1)] for r in seeds], axis=0)
         metrics = {
             name: np.array([[row.get(name) for row in own] for own in rows], float)
@@ -86,7 +85,7 @@ def finals(runs: Iterable[Result], name: Callable, at: Callable) -> dict[str, di
 
 
 def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterator[Picture]:
-    """Pictures over several experiments: accuracy against label noise, and against k."""
+    """Pictures over several experiments: accuracy against label noise, k, and sampled epochs."""
     apart = grouped(runs, lambda r: r.experiment._replace(noise=0.0))
     for number, same in enumerate(apart.values(), 1):
         series = finals(plain(same), lambda r: r.title, lambda r: 100 * r.experiment.noise)
@@ -94,14 +93,38 @@ def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterato
             figure = plots.against("corrupted training labels (%)", series, looks)
             caption = f"Final test accuracy against label noise{spread}."
             yield Picture(f"noise_{number}", caption, figure)
-        subspaces = [result for result in same if result.kind == "subspace"]
-        alike = grouped(subspaces, lambda r: (r.method, len(r.sampled), str(r.settings())))
-        for variant, ((method, epochs, _), own) in enumerate(alike.items(), 1):
-            series = finals(own, lambda r: f"c = {r.experiment.noise:g}", lambda r: r.k)
-            if max(map(len, series.values()), default=0) > 2:
-                figure = plots.against("k", series, plots.looks(series), "log")
-                caption = f"{method} in subspaces of k dimensions, of samples of {epochs} epochs"
-                yield Picture(f"dimensions_{number}_{variant}", f"{caption}{spread}.", figure)
+        k, sampled = (lambda r: r.k), (lambda r: len(r.sampled))
+        caption = "{} epochs of {} in subspaces of k dimensions, of samples of {} epochs"
+        for variant, (own, series) in enumerate(sweeps(same, k, sampled), 1):
+            figure = plots.against("k", series, plots.looks(series), "log")
+            text = caption.format(own.epochs, own.method, sampled(own)) + spread
+            yield Picture(f"dimensions_{number}_{variant}", f"{text}.", figure)
+        caption = "{} epochs of {} in subspaces of {} dimensions, of the samples of fewer epochs"
+        for variant, (own, series) in enumerate(sweeps(same, sampled, k), 1):
+            figure = plots.against("sampled epochs", series, plots.looks(series))
+            text = caption.format(own.epochs, own.method, own.k) + spread
+            yield Picture(f"samples_{number}_{variant}", f"{text}.", figure)
+
+
+def sweeps(runs: Sequence[Result], at: Callable, fixed: Callable) -> Iterator[tuple[Result, dict]]:
+    """Subspace runs alike but for a number `at`, at three or more: one of them, final accuracies.
+
+    Beside them are those of the average of the later half of the samples.
+    """
+    subspaces = [result for result in runs if result.kind == "subspace"]
+    alike = grouped(
+        subspaces,
+        lambda r: (r.method, r.epochs, fixed(r), str(r.settings() | {"params_end": None})),
+    )
+    for own in alike.values():
+        series = finals(own, lambda r: f"{r.method}, c = {r.experiment.noise:g}", at)
+        if max(map(len, series.values()), default=0) > 2:
+            lengths = {at(result): len(result.sampled) for result in own}
+            for result in [result for result in runs if result.is_of_later_half]:
+                name = f"weight average, c = {result.experiment.noise:g}"
+                for x in [x for x, length in lengths.items() if length == len(result.sampled)]:
+                    series.setdefault(name, {}).setdefault(x, []).append(result.final)
+            yield own[0], series
 
 
 def pictures_of(

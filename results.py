@@ -46,8 +46,9 @@ class Experiment(NamedTuple):
 class Result:
     """A trained network: one seed of a row of the table.
 
-    `kind` is "full" for a trajectory, "partial" for one up to its last sample in use, "average" or
-    "subspace", and "pretrained" for the network that a trajectory started from.
+    `kind` is "full" for a trajectory, "partial" for one up to its last sample in use, "continued"
+    for one that goes on from a sample of another, "average" or "subspace", and "pretrained" for the
+    network that a trajectory started from.
     """
 
     kind: str
@@ -68,14 +69,21 @@ class Result:
         self.seed = self.trajectory.config["arguments"]["randomseed"]
         self.method = self.method or method_of(self.config)
         self.k = 0 if self.kind == "average" else self.config.get("k", "n")
+        self.variance = self.config.get("explained_variance")  # of its samples, in percent
         self.epochs = sum(row["epoch"] > 0 for row in self.rows)
         self.final = self.rows[-1]["test_acc"]
-        self.name = self.arguments.get("run") or ""
+        self.name = (self.arguments.get("run") or "") if self.kind == "subspace" else ""
         done = self.rows[-1]["epoch"]
         last = self.config.get("sessions", [self.config])[-1]["arguments"]["epochs"]
         self.finished = self.kind == "partial" or not 0 < done < last
         self.title = self.method + (f" ({self.name})" if self.name else "")
         self.title += "" if self.finished else f", {done} of {last} epochs so far"
+
+    @property
+    def is_of_later_half(self) -> bool:
+        """Whether it is the average of the later half of the samples 1 … T."""
+        numbers = self.config.get("samples", [0])
+        return self.kind == "average" and numbers[0] == numbers[-1] // 2 + 1
 
     def seconds(self, rows: int) -> float:
         """Of training, sampling included, until the metrics have so many rows.
@@ -182,9 +190,27 @@ def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> It
         yield replace(trajectory, kind="partial", rows=rows, weights=weights, method=method)
 
 
+def continued(run: Result) -> Result | None:
+    """The run as one that goes on from sample N of another; None where it is not.
+
+    It has --pretrained DIR/N.pt and --start-epoch N.
+    """
+    number, file = run.arguments["start_epoch"], Path(str(run.arguments["pretrained"]))
+    if file.name != f"{number}.pt" or not (file.parent / "config.json").is_file():
+        return None
+    before = read_run(file.parent)
+    if any(run.arguments[name] != before.arguments[name] for name in EXPERIMENT):
+        return None
+    method = f"{run.method}, from sample {number}"
+    rows = [row for row in before.rows if row["epoch"] <= epoch_of(before, number)]
+    return replace(run, kind="continued", trajectory=before, sampled=rows, method=method)
+
+
 def read_save_dir(save_dir: Path, problems: list[str]) -> list[Result]:
     """The results of a save dir: the trajectory's first, then those on its samples."""
     trajectory = read_run(save_dir)
+    if not any(save_dir.glob("*/metrics.jsonl")) and (later := continued(trajectory)):
+        return [later]
     digest = functools.cache(fingerprint)  # many runs build on the same samples
     found: dict[tuple, Result] = {}
     for file in sorted(save_dir.glob("*/metrics.jsonl")):
@@ -254,9 +280,14 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:
 # ---------------------------------------------------------------------------------- tables
 
 
-def mean_std(values: Sequence[float | None], digits: int) -> str:
+def known(values: Sequence[float | None] | None) -> bool:
+    """Whether there is a value of every seed; earlier versions had fewer columns."""
+    return bool(values) and None not in values
+
+
+def mean_std(values: Sequence[float | None] | None, digits: int) -> str:
     """Mean ± standard deviation; a single value as it is, nothing where a value is missing."""
-    if not values or None in values:
+    if not known(values):
         return ""
     text = f"{statistics.mean(values):.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
@@ -283,6 +314,7 @@ def tabulate(results: Sequence[Result]) -> list[dict]:
         row["best"] = [max(row["test_acc"] for row in result.rows) for result in seeds]
         fits = zip(*(result.fits for result in seeds), strict=True)
         row |= zip(ACCURACIES[2:], map(list, fits), strict=True)
+        row["variance"] = [result.variance for result in seeds]
         row["seconds"] = [result.seconds(len(result.rows)) for result in seeds]
         row["cost"] = [cost(result, result.trajectory.final) for result in seeds]
         table.append(row)
@@ -303,13 +335,13 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
 def results_table(rows: Sequence[dict]) -> list[dict]:
     """The table of an experiment: what stands in each column of a row."""
     shown = ACCURACIES if rows[0]["noise"] else ACCURACIES[:3]
-    shown = [name for name in shown if any(mean_std(row[name], 2) for row in rows)]
+    shown = [name for name in ("variance", *shown) if any(known(row.get(name)) for row in rows)]
     most, table = max(len(row["seeds"]) for row in rows), []
     for row in rows:
         seeds = len(row["seeds"])
         cells = {"method": row["method"] + (f", {seeds} of {most} seeds" if seeds < most else "")}
         cells |= {name: row[name] for name in ("k", "epochs", "total epochs")}
-        cells |= {name: mean_std(row[name], 2) for name in shown}
+        cells |= {name: mean_std(row.get(name), 2) for name in shown}
         table.append(cells | {"seconds": mean_std(row["seconds"], 0)})
     return table
 

@@ -18,6 +18,7 @@ from options import (
     natural,
     one_of,
     positive,
+    run_name,
 )
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
@@ -36,6 +37,8 @@ def get_options() -> Parser:
     add("--optimizer", type=one_of("optimizer", list(LEARNING_RATES)), metavar="NAME",
         default="sgd", help="what trains: sgd, adam or adamw")  # fmt: skip
     add = parser.groups["run"].add_argument
+    add("--run", type=run_name, metavar="NAME",
+        help="with --average: its directory in --save-dir (default: average)")  # fmt: skip
     add("--average", type=natural, nargs=2, metavar=("START", "END"),
         help="no training: test the weight average of the samples START to END − 1, with "
         "BatchNorm's statistics recomputed")  # fmt: skip
@@ -86,7 +89,7 @@ def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None
 
 
 def test_average(args: argparse.Namespace) -> dict:
-    """Test the weight average of samples, and save it in the folder average/ of their directory."""
+    """Test the weight average of samples, and save it in a folder of their directory."""
     if isinstance(args.resume, Path):
         raise InputError("--resume: not with --average and a PATH; allowed: without one")
     numbers = range(*args.average)
@@ -95,12 +98,13 @@ def test_average(args: argparse.Namespace) -> dict:
     with blame("--average"):
         samples = load_trajectory(args, numbers)
     args.epochs = args.start_epoch = 0
-    check_start(args, args.save_dir / "average")
+    directory = args.save_dir / (args.run or "average")
+    check_start(args, directory)
     data = load_data(args)
     model = build_model(args, data)
     check_samples(args, samples, model)
     copy_into(model, average(samples))
-    with Run(args, args.save_dir / "average", data, model) as run:
+    with Run(args, directory, data, model) as run:
         if not run.rows:
             began = time.perf_counter()
             recompute_statistics(model, (images for images, _ in data.train.epoch()))
@@ -119,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         args.lr = LEARNING_RATES[args.optimizer]
     if args.milestones is None:
         args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
+    if args.run and not args.average:
+        raise InputError("--run: only with --average; allowed: --save-dir, which names the run")
     if args.evaluate:
         return evaluate_only(args, args.save_dir)
     if args.average:

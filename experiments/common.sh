@@ -28,6 +28,22 @@ chain() {
     run train_sgd.py "${common[@]}" --average $average
 }
 
+# List the rivals of what is trained in the subspace of the samples up to $1: averages from sample $2 on
+# and of the last alone, both methods from the mean, trainable weight averaging, and ordinary SGD at a
+# tenth of the learning rate, for $3 epochs more.
+rivals() {
+    local last=$1 first=$2 more=$3 origin=$save_dir
+    run train_sgd.py "${common[@]}" --average "$first" $((last + 1)) --run "average_from_$first"
+    run train_sgd.py "${common[@]}" --average "$last" $((last + 1)) --run "average_from_$last"
+    run train_psgd.py "${common[@]}" "${psgd[@]}" --start mean
+    run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" --start mean
+    run train_psgd.py "${common[@]}" "${psgd[@]}" --basis schmidt --start mean --weight-decay 1e-5 \
+        --epochs 10 --run twa
+    trajectory "_from_$last"
+    run train_sgd.py "${common[@]}" "${sgd[@]}" --pretrained "$origin/$last.pt" \
+        --start-epoch "$last" --milestones "$last" --epochs $((last + more))
+}
+
 # Settings for digits, chosen on the seeds 1 to 3.
 digits_settings() {
     datasets=digits average="16 31"
@@ -35,6 +51,16 @@ digits_settings() {
     subspace=(--n_components 20 --params_end 31 --batch-size 128 --bn-update)
     pbfgs=(--epochs 20 "${subspace[@]}")
     psgd=(--epochs 30 --lr 0.3 --milestones 15 25 "${subspace[@]}")
+}
+
+# Settings for CIFAR-10, as published.
+cifar_settings() {
+    datasets=${datasets:-CIFAR10} average="41 81"
+    sgd=(--lr 0.1 --epochs=150)
+    subspace=(--params_start 0 --params_end 81 --n_components 40)
+    pbfgs=(--epochs 20 --batch-size 1024 "${subspace[@]}")
+    psgd=(--epochs 40 --lr 1 --batch-size 128 "${subspace[@]}")
+    seeds=${seed:-1} noises=${c:-0}
 }
 
 # Settings for a tenth of CIFAR-10.
