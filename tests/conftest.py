@@ -22,6 +22,8 @@ import train_sgd
 ROOT = Path(__file__).parent.parent
 SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 
+# On the CPU, also where there is a GPU: its sums vary from run to run. run.sh gpu compares the two.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Sums are in the same order on every machine, so bit-equality means something; and the tests run on
 # all cores as it is.
 os.environ["OMP_NUM_THREADS"] = "1"

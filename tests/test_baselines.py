@@ -154,6 +154,34 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys):
     assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)
 
 
+def test_rivals_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, capsys):
+    """Oracles: the sample itself, but for its statistics, and the epochs counted."""
+    subspace = ["--params_end", "5", "--n_components", "2", "--save-dir", str(copy)]
+    train_psgd.main([*SUBSPACE, *subspace])
+    options = ["--average", "4", "5", "--run", "last", "--save-dir", str(copy)]
+    last = train_sgd.main([*DIGITS, *options])
+    network = models.build("resnet8", 10)
+    network.load_state_dict(torch.load(copy / "4.pt"))
+    state = utils.load_state_dict(copy / "last" / "model.th")
+    assert torch.equal(state["conv1.weight"], network.conv1.weight)
+    assert not torch.equal(state["bn1.running_mean"], network.bn1.running_mean)
+    further = ["--pretrained", str(copy / "4.pt"), "--start-epoch", "4", "--milestones", "4"]
+    train_sgd.main([*DIGITS, *further, "--epochs", "7", "--save-dir", str(tmp_path / "further")])
+    capsys.readouterr()
+    command = [str(copy), str(tmp_path / "further"), "--no-data", "--out", str(copy / "report")]
+    table = {row["method"]: row for row in report.main(command)}
+    titles = {"SGD", "SGD at epoch 4", "SGD, from sample 4", "P-SGD", "weight average (sample 4)"}
+    assert table.keys() == titles
+    row = table["SGD, from sample 4"]
+    assert (row["k"], row["epochs"], row["total epochs"]) == ("n", 3, 7)
+    assert table["weight average (sample 4)"]["final"] == [last["test_acc"]]
+    # Of another noise level it is a trajectory of its own, from pretrained weights.
+    noisy = [*further, "--corrupt", "0.4", "--epochs", "5", "--save-dir", str(tmp_path / "noisy")]
+    train_sgd.main([*DIGITS, *noisy])
+    rows = report.main([str(copy), str(tmp_path / "noisy"), *command[2:]])
+    assert ("SGD", "digits, from pretrained weights") in {(r["method"], r["data"]) for r in rows}
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [

@@ -174,6 +174,7 @@ BAD_VALUES = [
     ((PSGD, PBFGS), "--shard-basis=1", "argument --shard-basis: ignored explicit argument"),
     ((PSGD, PBFGS), "--shard-basis --basis random", "--shard-basis: not with --basis random"),
     ((SGD,), "--average 3", "expected 2 arguments"),
+    ((SGD,), "--run mine", "--run: only with --average; allowed: --save-dir"),
     ((SGD,), "--average 3 3", "[3, 3]: allowed: START below END"),
     ((SGD,), "--average 0 3", "new: there is no such directory"),
     ((SGD,), "--average x 3", "'x' is not a whole number from 0"),
@@ -247,7 +248,7 @@ BAD_TYPES = [
         f"0 -1 0.0 -0.5 1.0 1.5 1e2 {NUMBER}",
     ),
     ((PSGD, PBFGS), "--start", "the number of a sample, or mean", f"-1 median {WHOLE}"),
-    ((PSGD, PBFGS), "--run", "a name, as psgd_random", "'' . .. ../x a/b /tmp 1 _ -1 'a b'"),
+    ((SGD, PSGD, PBFGS), "--run", "a name, as psgd_random", "'' . .. ../x a/b /tmp 1 _ -1 'a b'"),
     ((PBFGS,), "--alpha", "a number from 0", f"-1 1e999 {NUMBER}"),
     ((PBFGS,), "--gamma", "a number from 0 to 1", f"-0.1 1.01 {NUMBER}"),
     ((PBFGS,), "--accumulate", "a whole number from 1 to 2³¹ − 1", f"0 -1 {WHOLE}"),
@@ -350,8 +351,8 @@ def test_compile_is_refused_where_there_is_no_compiler(refused, tmp_path, monkey
 
 # (arguments of run.sh, its settings, what the line says)
 RUN_SH = [
-    ("cats", "", "run.sh: there is no experiment 'cats'; allowed: cifar, cifar-small, "),
-    ("--seed", "", "run.sh: there is no experiment '--seed'; allowed: cifar, cifar-small, "),
+    ("cats", "", "run.sh: there is no experiment 'cats'; allowed: cifar, cifar-dimensions, "),
+    ("--seed", "", "run.sh: there is no experiment '--seed'; allowed: cifar, cifar-dimensions, "),
     ("digits cifar", "", "run.sh: takes one experiment"),
     ("cifar cifar", "c=2", "run.sh: takes one experiment"),
     ("digits", "c=2", "--corrupt: '2' is not a number from 0 to 1"),

@@ -302,6 +302,39 @@ def test_the_page_needs_nothing_but_itself(made):
         assert base64.b64encode(drawn).decode() in page, "the page has what lies beside the PNG"
 
 
+def test_accuracy_against_k_and_sampled_epochs(sampled, tmp_path):
+    """Oracle: the final accuracies that the runs returned; the averages are of the later half."""
+    save_dir, own, averages = shutil.copytree(sampled, tmp_path / "run"), {}, {}
+    options = [*SUBSPACE, "--save-dir", str(save_dir), "--run"]
+    for last in (2, 4, 6):
+        sizes = ["--params_end", str(last + 1), "--n_components", "2"]
+        own[last] = train_psgd.main([*options, f"psgd_of_{last}", *sizes])["test_acc"]
+        average = ["--average", str(last // 2 + 1), str(last + 1), "--run", f"average_of_{last}"]
+        average = train_sgd.main([*DIGITS, "--save-dir", str(save_dir), *average])
+        averages[last] = average["test_acc"]
+    by_k = {2: own[6]}
+    for k in (4, 6):
+        by_k[k] = train_psgd.main([*options, f"psgd_k{k}", "--n_components", str(k)])["test_acc"]
+    train_sgd.main([*DIGITS, "--save-dir", str(save_dir), "--average", "2", "7", "--run", "longer"])
+    runs = results.read([save_dir], [])
+
+    def shown(at, fixed):
+        ((_, series),) = report.sweeps(runs, at, fixed)
+        return {name: {x: value for x, (value,) in own.items()} for name, own in series.items()}
+
+    same = [averages[6]] * 3
+    means = {"weight average, c = 0": averages}
+    assert shown(lambda r: len(r.sampled), lambda r: r.k) == {"P-SGD, c = 0": own} | means
+    constant = {"weight average, c = 0": dict(zip(by_k, same, strict=True))}
+    assert shown(lambda r: r.k, lambda r: len(r.sampled)) == {"P-SGD, c = 0": by_k} | constant
+    report.main([str(save_dir), "--no-data", "--out", str(tmp_path / "out")])
+    pictures = {path.name for path in tmp_path.glob("out/*_1_1.png")}
+    assert pictures == {"dimensions_1_1.png", "samples_1_1.png"}
+    variances = {r.k: r.variance for r in runs if r.kind == "subspace" and len(r.sampled) == 6}
+    ratios = analysis.variance_ratios(utils.load_samples(save_dir, 0, 7))
+    assert variances == pytest.approx({k: 100 * ratios[:k].sum() for k in (2, 4, 6)}, rel=1e-5)
+
+
 def test_the_page_explains_itself(made):
     """Every column and every word of the methods' names, and where the method comes from."""
     out, table = made

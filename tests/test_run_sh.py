@@ -106,8 +106,16 @@ def test_cifar_is_the_published_experiment_with_baselines(project, tiny):
 
     lines = commands(done.stdout)
     assert normal(lines[:3]) == normal(commands(published))
-    check_baselines(lines[2], lines[3:], "41 81")
-    assert done.stdout.endswith("report of --out=report/cifar save_labelnoise0.2_resnet20\n")
+    check_baselines(lines[2], lines[3:5], "41 81")
+    rivals = [" ".join(line) for line in lines[5:]]
+    assert ["average 61 81" in line for line in rivals] == [True, *[False] * 5]
+    assert ["average 80 81" in line for line in rivals] == [False, True, *[False] * 4]
+    assert ["start mean" in line for line in rivals] == [*[False] * 2, *[True] * 3, False]
+    last = "--pretrained save_labelnoise0.2_resnet20/80.pt --start-epoch 80 --milestones 80 "
+    assert f"{last}--epochs 120\n" in done.stdout
+    assert reported(done.stdout) == [
+        f"save_labelnoise0.2_resnet20{end}" for end in ("", "_from_80")
+    ]
     logs = [project / name / "log.txt" for name in (*reported(done.stdout), "report/cifar")]
     assert "".join(log.read_text() for log in logs) == done.stdout
 
@@ -151,7 +159,7 @@ def test_cifar_small_takes_its_images_from_anywhere(project, tiny):
     options = {"datasets": "ImageFolder", "data_dir": "/data", "options": "--threads 1"}
     done = run(project, "cifar-small", **options, PYTHONPATH=tiny)
     lines = [" ".join(command) for command in commands(done.stdout)]
-    assert len(lines) == 4 * 5
+    assert len(lines) == 4 * 11
     for line in lines:
         assert "datasets ImageFolder" in line
         assert "smalldatasets 0.1" in line
@@ -161,6 +169,23 @@ def test_cifar_small_takes_its_images_from_anywhere(project, tiny):
     done = run(project, "cifar-small", c=0, seed=1, PYTHONPATH=tiny)
     for command in commands(done.stdout):
         assert {"--datasets CIFAR10", "half", "compile"} <= set(command)
+
+
+def test_cifar_dimensions_trains_in_the_samples_of_cifar(project, tiny):
+    """Oracles: cifar's own lines, and the issue's numbers of dimensions and of sampled epochs."""
+    done = run(project, "cifar", c=0.4, PYTHONPATH=tiny)
+    sgd, average = commands(done.stdout)[0], commands(done.stdout)[4]
+    done = run(project, "cifar-dimensions", c=0.4, PYTHONPATH=tiny)
+    assert commands(done.stdout)[:2] == [sgd, average]
+    runs = re.findall(r"--params_end (\d+) --n_components (\d+) --run (\S+)", done.stdout)
+    fewer = {f"psgd_of_{last}": (last + 1, 20) for last in (20, 40, 60)}
+    assert {name: (int(end), int(k)) for end, k, name in runs} == fewer
+    assert re.findall(r"--n_components (\d+) --run psgd_k\1\n", done.stdout) == (
+        ["2", "5", "10", "20", "40", "80"]
+    )
+    halves = re.findall(r"--average (\d+) (\d+) --run average_of_(\d+)", done.stdout)
+    assert halves == [("11", "21", "20"), ("21", "41", "40"), ("31", "61", "60")]
+    assert done.stdout.count("--epochs 10 ") == 9
 
 
 def test_finetune_starts_from_what_was_trained(project, tiny):
@@ -239,7 +264,7 @@ def test_another_experiment_is_refused(name, project, tiny):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert f"there is no experiment '{name}'" in line
-    assert "allowed: cifar, cifar-small, cost, digits, " in line
+    assert "allowed: cifar, cifar-dimensions, cifar-small, cost, digits, " in line
 
 
 def test_gpu_runs_its_program_with_the_modules_beside_run_sh(project, tiny):
@@ -264,7 +289,7 @@ def test_help_tells_every_experiment_setting_and_command(option, project):
     assert (done.returncode, done.stderr) == (0, "")
     assert not (project / ".venv").exists()
     files = [file for file in project.glob("experiments/*.sh") if file.stem != "common"]
-    assert len(files) == 9
+    assert len(files) == 10
     for file in files:
         about = file.read_text().splitlines()[0].removeprefix("# ")
         assert re.search(rf"^  {file.stem} +{re.escape(about)}$", done.stdout, re.MULTILINE)
