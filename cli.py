@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def configure_torch(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --compile advises --tf32
     # Trying cuDNN's algorithms pays since shapes repeat; which one wins varies from run to run.
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic)
