@@ -111,7 +111,8 @@ def started_from(result: Result) -> range:
         return sample_range(arguments)
     if result.kind == "subspace" and start is None and arguments["pretrained"]:
         return range(0)
-    start = arguments.get("params_start", arguments["start_epoch"]) if start is None else start
+    first = arguments.get("params_start", arguments.get("start_epoch", 0))
+    start = first if start is None else start
     return range(start, start + 1)
 
 

@@ -195,7 +195,7 @@ def continued(run: Result) -> Result | None:
 
     It has --pretrained DIR/N.pt and --start-epoch N.
     """
-    number, file = run.arguments["start_epoch"], Path(str(run.arguments["pretrained"]))
+    number, file = run.arguments.get("start_epoch"), Path(str(run.arguments["pretrained"]))
     if file.name != f"{number}.pt" or not (file.parent / "config.json").is_file():
         return None
     before = read_run(file.parent)

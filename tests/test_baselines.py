@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy as copy_of
 
+import held_out
 import numpy as np
 import pytest
 import torch
@@ -180,6 +181,28 @@ def test_rivals_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, caps
     train_sgd.main([*DIGITS, *noisy])
     rows = report.main([str(copy), str(tmp_path / "noisy"), *command[2:]])
     assert ("SGD", "digits, from pretrained weights") in {(r["method"], r["data"]) for r in rows}
+
+
+def test_averages_are_chosen_on_images_that_were_left_out(tmp_path, monkeypatch):
+    """Oracle: train_sgd.py's average, on the images that differ from all that were trained on."""
+    options = [*DIGITS, "--smalldatasets", "0.3", "--save-dir", str(tmp_path)]
+    train_sgd.main([*options, "--epochs", "4"])
+    monkeypatch.setattr(held_out, "FIRST", (2, 3))
+    monkeypatch.setattr(held_out, "LAST", 4)
+    _, found = held_out.accuracies(tmp_path)
+    train_sgd.main([*options, "--average", "3", "5"])
+    network = models.build("resnet8", 10)
+    network.load_state_dict(utils.load_state_dict(tmp_path / "average" / "model.th"))
+    args = cli.parse_args(train_sgd.get_options(), options)
+    trained = {image.numpy().tobytes() for image in utils.read_splits(args)[0].images}
+    args.smalldatasets = None
+    images, labels, _ = utils.read_splits(args)[0]
+    left = torch.tensor([image.numpy().tobytes() not in trained for image in images])
+    assert 0.6 < left.float().mean() < 0.71
+    mean, std = utils.DIGITS["mean"][0], utils.DIGITS["std"][0]
+    with torch.no_grad():
+        right = network.eval()((images[left] / 255 - mean) / std).argmax(1) == labels[left]
+    assert found == pytest.approx(100 * float(right.float().mean()), abs=0.1)
 
 
 @pytest.mark.parametrize(
