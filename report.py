@@ -66,7 +66,7 @@ def curves(runs: Sequence[Result]) -> list[plots.Curve]:
     alike = grouped(plain(runs), lambda r: (r.title, len(r.sampled), len(r.rows)))
     for (title, before, done), seeds in alike.items():
         rows = [[{"test_acc": r.start}, *r.rows] for r in seeds]
-        epochs = before + np.arange(done + 1)
+        epochs = before + seeds[0].epochs + np.arange(-done, 1)
         seconds = np.mean([[r.seconds(i) for i in range(done + 1)] for r in seeds], axis=0)
         metrics = {
             name: np.array([[row.get(name) for row in own] for own in rows], float)

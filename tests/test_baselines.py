@@ -13,6 +13,7 @@ import cli
 import engine
 import models
 import report
+import results
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -173,6 +174,10 @@ def test_rivals_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, caps
     table = {row["method"]: row for row in report.main(command)}
     titles = {"SGD", "SGD at epoch 4", "SGD, from sample 4", "P-SGD", "weight average (sample 4)"}
     assert table.keys() == titles
+    runs = results.read([copy, tmp_path / "further"], [])
+    spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in report.curves(runs)}
+    assert spans.pop("weight average (sample 4)")[1] == 4
+    assert spans == {"SGD": (0, 6), "P-SGD": (4, 6), "SGD, from sample 4": (4, 7)}
     row = table["SGD, from sample 4"]
     assert (row["k"], row["epochs"], row["total epochs"]) == ("n", 3, 7)
     assert table["weight average (sample 4)"]["final"] == [last["test_acc"]]
