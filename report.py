@@ -99,7 +99,8 @@ def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterato
             figure = plots.against("k", series, plots.looks(series), "log")
             text = caption.format(own.epochs, own.method, sampled(own)) + spread
             yield Picture(f"dimensions_{number}_{variant}", f"{text}.", figure)
-        caption = "{} epochs of {} in subspaces of {} dimensions, of the samples of fewer epochs"
+        caption = "{} epochs of {} in subspaces of {} dimensions, by how many epochs were "
+        caption += "sampled; an average is of the later half"
         for variant, (own, series) in enumerate(sweeps(same, sampled, k), 1):
             figure = plots.against("sampled epochs", series, plots.looks(series))
             text = caption.format(own.epochs, own.method, own.k) + spread
