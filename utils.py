@@ -364,6 +364,12 @@ def check_split(args: argparse.Namespace, name: str, split: Split, classes: int,
         )
 
 
+def subset(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of n training images --smalldatasets keeps, and which it leaves out."""
+    order = rng(seed, "subset").permutation(n)
+    return order[: int(fraction * n)], order[int(fraction * n) :]
+
+
 def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
     """The training half, less what --smalldatasets drops, and the test half; true labels."""
     dataset = DATASETS[args.datasets]
@@ -378,8 +384,7 @@ def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
             f"--data-dir {args.data_dir}: in training or test only: {', '.join(odd[:5])}"
         )
     if args.smalldatasets:
-        kept = rng(args.randomseed, "subset").permutation(len(train.labels))
-        kept = kept[: int(args.smalldatasets * len(kept))]
+        kept, _ = subset(len(train.labels), args.smalldatasets, args.randomseed)
         if not len(kept):
             raise InputError(
                 f"--smalldatasets {args.smalldatasets}: keeps none of {len(train.labels)} images"

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import utils
 from cli import pick_device
 from engine import evaluate, recompute_statistics
@@ -25,19 +27,22 @@ def accuracies(save_dir: Path) -> list[float]:
     arguments = json.loads((save_dir / "config.json").read_text())["arguments"]
     args = argparse.Namespace(**arguments | {"device": pick_device("auto")})
     args.data_dir = Path(args.data_dir)
-    data = utils.load_data(args)
-    model, share, seed = build_model(args, data), args.smalldatasets, args.randomseed
-    args.smalldatasets = None
+    share, seed, args.smalldatasets = args.smalldatasets, args.randomseed, None
     train, _ = utils.read_splits(args)
-    order = utils.rng(seed, "subset").permutation(len(train.labels))
-    rest = order[int(share * len(order)) :]
-    labels = utils.corrupt_labels(train.labels[rest], args.corrupt, len(train.classes), seed)
-    held_out = utils.make_loader(train._replace(images=train.images[rest], labels=labels), args)
-    found = []
+    classes = len(train.classes)
+
+    def loader(which: np.ndarray, *training: int) -> utils.TensorLoader | utils.FileLoader:
+        labels = utils.corrupt_labels(train.labels[which], args.corrupt, classes, seed)
+        split = train._replace(images=train.images[which], labels=labels)
+        return utils.make_loader(split, args, *training)
+
+    kept, left_out = utils.subset(len(train.labels), share, seed)
+    data = utils.Data(loader(kept, args.batch_size, seed), loader(left_out), classes)
+    model, found = build_model(args, data), []
     for first in FIRST:
         copy_into(model, utils.average(utils.load_samples(save_dir, first, LAST + 1)))
         recompute_statistics(model, (images for images, _ in data.train.epoch()))
-        found.append(evaluate(model, held_out.epoch(), args.half)["test_acc"])
+        found.append(evaluate(model, data.test.epoch(), args.half)["test_acc"])
     return found
 
 
