@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import multiprocessing
 
+import analysis
 import cli
+import plots
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -45,7 +48,10 @@ def in_processes(processes: int, work: Callable, *arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_process, (processes, port, work, arguments), processes)
+    # One process imports torch and the scripts, and is forked from then on.
+    get_context("forkserver").set_forkserver_preload(["conftest"])
+    given = (processes, port, work, arguments)
+    multiprocessing.start_processes(one_process, given, processes, start_method="forkserver")
 
 
 def one_process(number: int, processes: int, port: int, work: Callable, arguments: tuple) -> None:
@@ -60,6 +66,12 @@ def one_process(number: int, processes: int, port: int, work: Callable, argument
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="how often to kill the chain of runs")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: begun last, they would leave the other cores idle."""
+    longest = ("test_scale", "test_scripts", "test_robust", "test_run_sh", "test_accelerator")
+    items.sort(key=lambda item: item.path.stem not in longest)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +101,13 @@ def refused(capsys):
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made, but not drawn, which takes long."""
+    monkeypatch.setattr(plots, "image", lambda figure, kind: b"")
+    monkeypatch.setattr(analysis, "GRID", 2)
 
 
 @pytest.fixture

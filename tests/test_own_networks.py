@@ -86,7 +86,7 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["small", "patches"])
-def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, capsys):
+def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, capsys, undrawn):
     if name == "patches":
         pytest.importorskip("timm")
     save_dir = str(tmp_path / "run")

@@ -68,13 +68,6 @@ def made(runs, tmp_path_factory):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made, but not drawn, which takes long."""
-    monkeypatch.setattr(plots, "image", lambda figure, kind: b"")
-    monkeypatch.setattr(analysis, "GRID", 2)
-
-
-@pytest.fixture
 def warned(undrawn, capsys, tmp_path):
     """Report without data; the rows of the table, and what was left out."""
 

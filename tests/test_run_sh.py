@@ -19,10 +19,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STUB = """
 import os, sys
-from pathlib import Path
 options = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-Path(options["--save-dir"]).mkdir(exist_ok=True)
-name = Path(sys.argv[0]).stem
+os.makedirs(options["--save-dir"], exist_ok=True)
+name = os.path.basename(sys.argv[0]).removesuffix(".py")
 print(f"{name} by {sys.executable}")
 sys.stderr.write(f"errors on a terminal: {sys.stderr.isatty()}\\n")
 print("bars as", os.environ["TQDM_BAR_FORMAT"])
@@ -151,8 +150,8 @@ def test_digits_full_runs_five_noise_levels_over_five_seeds_and_a_curve_over_k(p
     assert len(lines) == 4 * 5 + 2 * 5, "the curve is for c = 0.4 alone"
     assert sum("run psgd_k40" in line and "n_components 40" in line for line in lines) == 2
     assert len(reported(done.stdout)) == 4
-    done = run(project, "digits-full", PYTHONPATH=tiny)
-    assert len(reported(done.stdout)) == 25
+    for part in ({"seed": 4}, {"c": 0.6}):
+        assert len(reported(run(project, "digits-full", **part, PYTHONPATH=tiny).stdout)) == 5
 
 
 def test_cifar_small_takes_its_images_from_anywhere(project, tiny):

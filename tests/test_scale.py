@@ -214,7 +214,7 @@ def one_worker(process) -> int:
     return max(map(int, children))
 
 
-LONG = [*DIGITS, "--batch-size", "64", "--save-every", "1", "--save-dir"]
+LONG = [*DIGITS, "--smalldatasets", "0.4", "--batch-size", "32", "--save-every", "1", "--save-dir"]
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

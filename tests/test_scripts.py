@@ -97,7 +97,7 @@ def test_a_trajectory_is_the_parameters_of_every_epoch(sampled):
     assert config["versions"]["torch"] == torch.__version__
 
 
-def test_sgd_learns_and_so_do_the_subspaces(copy, capsys):
+def test_sgd_learns_and_so_do_the_subspaces(copy, capsys, undrawn):
     assert (
         train_sgd.main([*DIGITS, "--epochs", "20", "--save-dir", str(copy), "--resume"])["test_acc"]
         > 90
@@ -501,7 +501,7 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
 
 
-def test_report_counts_what_was_sampled(copy):
+def test_report_counts_what_was_sampled(copy, undrawn):
     samples = ["--params_end", "6", "--params_stride", "3", "--n_components", "0.5"]
     train_psgd.main([*SUBSPACE, *samples, "--epochs", "2", "--save-dir", str(copy)])
     table = report.main([str(copy), "--out", str(copy / "report")])
@@ -637,7 +637,7 @@ def test_a_terminal_sees_bars_and_a_file_rows(terminal, tmp_path):
     assert ("\r" in text) == terminal
 
 
-def test_samples_are_taken_every_so_many_steps(tmp_path):
+def test_samples_are_taken_every_so_many_steps(tmp_path, undrawn):
     """Oracle: a run that keeps every step, 6 of which are an epoch of digits at 256 a batch."""
     for every in (1, 4, 6, None):
         options = ["--epochs", "2", "--save-dir", str(tmp_path / str(every))]
