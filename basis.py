@@ -69,7 +69,7 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
 def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
     """The samples that --params_start, --params_end and --params_stride name.
 
-    Decides which and how many directions where the options leave that open, as published or fewer.
+    Where the options leave open which samples and how many directions: as published, or fewer.
     """
     if args.params_end is None:
         there = on_rank0(lambda: sample_numbers(args.save_dir))

@@ -43,7 +43,7 @@ MIDWAY = ("batch_size", "accumulate", "start_epoch")
 def replacing(file: Path) -> Iterator[Any]:
     """A binary stream whose content takes the place of `file` once it is all on the disk.
 
-    Raises InputError where that cannot be, as on a full disk: what was there before stays.
+    Raises InputError if that fails, as on a full disk: the earlier file stays as it was.
     """
     temporary = file.with_name(f"{file.name}.tmp")
     try:
@@ -141,7 +141,7 @@ def check_same(
 
 
 def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
-    """False where there is no config.json to tell; InputError where it tells of another one."""
+    """Whether a config.json is of this experiment: False if there is none, InputError if not."""
     if not file.exists():
         return False
     with blame(f"{file}: not readable", Exception):
@@ -150,9 +150,9 @@ def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
 
 
 def recorded_options(file: Path) -> list[str]:
-    """The options in a config.json that runs on its samples take where they are given none.
+    """The options in a config.json that runs on its samples take unless the command gives them.
 
-    A network to import is not among them: what a file names is not run because it stands there.
+    A network to import is not among them: code is not run because a file names it.
     """
     if not file.exists():
         return []
@@ -178,7 +178,7 @@ def save_config(
 ) -> None:
     """Write config.json: `facts`, the first session at the top, and all under `sessions`.
 
-    A session is a start that trains: its arguments, on what it ran, and from which epoch.
+    A session is one start that trains: its arguments, what it ran on, and from which epoch.
     """
     hardware = torch.get_device_module(args.device)
     session = {
@@ -231,7 +231,7 @@ def checkpoint_file(args: argparse.Namespace, directory: Path) -> Path | None:
 
 
 def check_start(args: argparse.Namespace, directory: Path) -> None:
-    """InputError where a run could not start in the directory: it is known before data are read."""
+    """InputError if a run cannot start in the directory; checked before the data are read."""
 
     def check() -> None:
         file = checkpoint_file(args, directory)
@@ -271,7 +271,7 @@ def read_checkpoint(
 
 
 def blame_checkpoint(file: Path) -> contextlib.AbstractContextManager:
-    """Raise whatever a file of other contents leads to as an InputError that names it."""
+    """Raise whatever a file with other contents leads to as an InputError that names it."""
     kinds = (KeyError, TypeError, AttributeError, RuntimeError, IndexError)
     return blame(f"--resume: {file}: not a checkpoint.pt of these scripts", kinds)
 
@@ -281,7 +281,7 @@ def check_checkpoint(
 ) -> None:  # fmt: skip
     """ValueError for a checkpoint of another network or basis.
 
-    What is of another type raises whatever it does.
+    Contents of another type raise other exceptions.
     """
     rows, progress = checkpoint["rows"], checkpoint["progress"]
     check_fits(checkpoint["states"]["model"], model, file, args.arch)
@@ -342,7 +342,7 @@ def claim(args: argparse.Namespace, directory: Path, keep: bool) -> contextlib.E
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory of a run; ValueError that says which process does already.
 
-    The kernel ends the lock with the process.
+    When the process ends, the kernel releases the lock.
     """
     file = directory / "lock"
     with file.open("a+") as stream:
@@ -366,8 +366,8 @@ def locked(directory: Path) -> Iterator[None]:
 def removable(args: argparse.Namespace, directory: Path) -> list[Path]:
     """The files of an earlier run, where they may be removed; InputError where not.
 
-    They may with --overwrite, where a run ended before its first checkpoint.pt was due, and with
-    --resume where one of the same experiment has none.
+    They may with --overwrite; where a run ended before its first checkpoint.pt was due; and with
+    --resume where a run of the same experiment has no checkpoint.pt.
     """
     names = ("metrics.jsonl", "checkpoint.pt", "model.th")
     earlier = [directory / name for name in names]
@@ -411,7 +411,7 @@ def epochs_recorded(directory: Path) -> int:
 
 
 def check_disk(args: argparse.Namespace, model: nn.Module, numbers: range) -> None:
-    """Say what disk space the samples still to come will take; InputError where it is not free."""
+    """Print how much disk the samples still to come will take; InputError if it is not free."""
     there = sum((args.save_dir / f"{i}.pt").exists() for i in numbers)
     count = len(numbers) - (0 if args.overwrite else there)
     size = sum(value.nbytes for value in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""How a script starts and ends: what options leave open, what they may not be, exit codes."""
+"""How a script starts and ends: options are completed and checked, errors become exit codes."""
 
 import argparse
 import functools
@@ -23,7 +23,7 @@ from utils import DATASETS
 
 
 def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
-    """Decorate a script's main: what a user can mend is one line on stderr and an exit code.
+    """Decorate a script's main: what a user can fix is one line on stderr and an exit code.
 
     The code is 2 for options and files, 1 for what went wrong later, 130, 143 and 129 for SIGINT,
     SIGTERM and SIGHUP.
@@ -48,7 +48,7 @@ def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
 
 
 def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, with what they leave open (device, image size) decided."""
+    """Parse the options, and decide what they leave open (device, image size)."""
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     distributed.init(args.device)
@@ -67,7 +67,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace
 def take_from_trajectory(
     parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None
 ) -> None:
-    """Let what the command leaves open about network and data be as it was for the samples."""
+    """Take the network and the data from the trajectory where the command does not name them."""
     file = args.save_dir / "config.json"
     with blame("--save-dir"):
         recorded = on_rank0(lambda: recorded_options(file))

@@ -77,7 +77,7 @@ def objective(loss: Tensor, weight: float, args: argparse.Namespace, subspace: n
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> None:
-    """Set the learning rate of an epoch: --lr, less what --milestones or --schedule take off."""
+    """Set the learning rate of an epoch: --lr, as --milestones or --schedule lower it."""
     if args.milestones == "cosine":
         factor = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
     else:
@@ -90,7 +90,7 @@ def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: in
 def evaluate(model: nn.Module, batches: Iterable, half: bool) -> dict[str, float]:
     """Mean loss, and accuracy in percent, with BatchNorm's running statistics.
 
-    From 100 classes on also how often the label is among the five likeliest, test_top5.
+    With 100 classes or more, also the top-5 accuracy.
     """
     average_buffers(model)
     model.eval()
@@ -110,7 +110,7 @@ def evaluate(model: nn.Module, batches: Iterable, half: bool) -> dict[str, float
 
 @torch.no_grad()
 def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Recompute BatchNorm's running statistics as the means of those of the batches of images.
+    """Set BatchNorm's running statistics to the mean of the statistics of all batches of images.
 
     Weights that were never trained through, such as averages, need that (Izmailov et al., UAI
     2018, §3.2). torch's `update_bn` gives the same bits, with a host sync for each layer and batch.
@@ -121,7 +121,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         layer.reset_running_stats()
     model.train()
     try:
-        # Compiled, it would be compiled again for every count of batches.
+        # A compiled model would be compiled again for each momentum.
         with torch.compiler.set_stance("force_eager"):
             for count, images in enumerate(batches if layers else (), 1):
                 for layer in layers:
@@ -169,10 +169,11 @@ class Run:
                     run.log(loss, logits, labels)
                 run.end_epoch()
 
-    `model` is what is trained and tested, a `Subspace` has its `basis`; `others` is what else with
-    a state_dict a checkpoint has to hold. Whatever can be refused is, before the first file is
-    written. SIGINT, SIGTERM and SIGHUP let the batch end, save all that --resume needs and end the
-    `with` in an InputError of exit code 128 + number; a second one ends the program at once.
+    `model` is trained and tested; a `Subspace` comes with its `basis`. `others` are more objects
+    with a state_dict for the checkpoint to hold. Whatever can be refused is refused before the
+    first file is written. On SIGINT, SIGTERM or SIGHUP the batch is finished, all that --resume
+    needs is saved, and the `with` ends in an InputError with exit code 128 + number; a second
+    signal ends the program at once.
 
     Attributes: `rows`, the metrics of the epochs done; `step`, the steps done since epoch 0.
     """
@@ -189,7 +190,7 @@ class Run:
         # In a subspace all parameters are frozen: those that were not before are its origin.
         self.n = len(model.origin) if basis else sum(p.numel() for p in trainable(model).values())
         self.rows: list[dict] = []
-        self.done, self.seconds, self.signal = 0, 0.0, 0  # batches and seconds of an epoch begun
+        self.done, self.seconds, self.signal = 0, 0.0, 0  # of the current epoch
         self.totals: Counter = Counter()  # sums over them, on the device
         self.source = basis.computed_from if basis else sample_fingerprint(args)
         # Rank 0 decides, and sends what it read: the others may not see its files.
@@ -203,7 +204,7 @@ class Run:
         if self.epoch < args.epochs or not own:
             save_config(args, directory, self.facts(), self.epoch, resumed=own)
         if basis and computed_from(directory / "basis.npz") != basis.computed_from:
-            # Some of the columns are no basis: without any, the file has the variances.
+            # A shard of the columns is no basis: the file then holds only the variances.
             save_basis(
                 directory / "basis.npz",
                 basis._replace(basis=basis.basis[:, :0]) if args.shard_basis else basis,
@@ -212,8 +213,8 @@ class Run:
         if self.rows and self.epoch >= args.epochs and not self.done and not self.has_results():
             self.save_results()
         if args.compile:
-            # Else torch takes an epoch's last, smaller batch as a reason to make a graph for all
-            # sizes, and keeps to that one.
+            # Otherwise an epoch's smaller last batch makes torch compile one graph for all sizes,
+            # and use that from then on.
             model.compile(dynamic=False)
 
     # Resuming
@@ -234,7 +235,7 @@ class Run:
         print0(f"{file}: {checkpoint['epoch']} epochs are done{begun}")
 
     def facts(self) -> dict[str, Any]:
-        """What config.json tells of network, data and samples."""
+        """What config.json records of the network, the data and the samples."""
         args, data = self.args, self.data
         facts = {
             "arch": args.arch,
@@ -333,7 +334,7 @@ class Run:
     def log(self, loss: Tensor, logits: Tensor, labels: Tensor, **details: Any) -> None:
         """Count a step done, by its mean loss and logits; `details` are averaged over the epoch.
 
-        Every --print-freq steps this is a host sync: it looks whether the loss is finite.
+        Every --print-freq steps this is a host sync, to see whether the loss is finite.
         """
         self.totals.update(details)
         self.totals["loss"] += loss.detach() * len(labels)
@@ -349,7 +350,7 @@ class Run:
                 self.bar.set_postfix(loss=mean, accuracy=percent)
 
     def check_finite(self) -> None:
-        """InputError where training left the finite numbers: nothing is saved of it.
+        """InputError if the loss or a parameter is no longer finite: nothing of that is saved.
 
         This is a host sync.
         """
@@ -368,17 +369,17 @@ class Run:
         raise InputError(f"{where}: the {what} not finite; try {cure}; {last}", 1)
 
     def lr(self) -> float | None:
-        """The learning rate of the moment; P-BFGS has none."""
+        """The current learning rate; P-BFGS has none."""
         return self.optimizer.param_groups[0].get("lr")
 
     def end_epoch(self) -> None:
-        """Test, record the epoch's metrics and say them."""
+        """Test, record the epoch's metrics and print them."""
         args = self.args
         row = {"epoch": self.epoch + 1, "lr": self.lr()} | self.means() | {"seconds": self.seconds}
         if self.basis:
             row["coordinates"] = self.model.coordinates.tolist()  # the path in the subspace
         if getattr(args, "bn_update", False):
-            # In it dropout draws, too.
+            # Dropout draws random numbers here, too.
             seed = rng(args.randomseed, "statistics", self.epoch).integers(2**63)
             torch.manual_seed(int(seed) + rank())
             recompute_statistics(self.model, self.single_batches())
@@ -394,7 +395,7 @@ class Run:
             )
 
     def record(self, row: dict) -> None:
-        """Write a row of metrics, and where due the checkpoint and model.th."""
+        """Write a row of metrics and, when they are due, the checkpoint and model.th."""
         self.rows.append(row)
         self.done, self.seconds, self.totals = 0, 0.0, Counter()
         if row["epoch"] % self.args.save_every == 0 or row["epoch"] == self.args.epochs:
@@ -433,9 +434,9 @@ class Run:
             raise Interrupted
 
     def until_signal(self, batches: Iterable, every: int = 1) -> Iterator:
-        """The batches, as long as no signal comes.
+        """The batches, until a signal comes.
 
-        Several processes have to stop at the same batch: they ask each other, every so many.
+        Several processes have to stop at the same batch: they ask each other at every `every`-th.
         """
         for number, batch in enumerate(batches):
             if world_size() == 1 or number % every == 0:
@@ -443,7 +444,7 @@ class Run:
             yield batch
 
     def save_interrupted(self) -> None:
-        """Write checkpoint.pt in the middle of an epoch, and say how to go on."""
+        """Write checkpoint.pt in the middle of an epoch, and say how to resume."""
         if self.done:
             self.check_finite()
         average_buffers(self.model)

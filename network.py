@@ -48,7 +48,7 @@ def count_on_host(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
-    """InputError for a network that such data cannot train or test; leaves it as it was."""
+    """InputError if the network cannot be trained or tested on the data; it stays as it was."""
     with blame(f"--arch {args.arch}"):
         trainable(model)
     if not args.evaluate and not any(p.requires_grad for p in model.parameters()):
@@ -119,7 +119,7 @@ def check_finite_values(state: Mapping[str, Tensor], module: nn.Module, file: Pa
 
 @torch.no_grad()
 def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a state that fits: some networks' `load_state_dict` asks for more than a plain one."""
+    """Copy a state that fits; some networks' `load_state_dict` would want metadata, too."""
     for name, value in module.state_dict().items():
         value.copy_(state[name])
 

@@ -161,7 +161,7 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
 
 
 def epoch_of(trajectory: Result, sample: int) -> float:
-    """The epoch that a sample was taken after, infinite for one that there never was."""
+    """The epoch after which a sample was taken; infinite if there never was such a sample."""
     epochs = trajectory.config.get("sample_epochs")  # where samples are not those of the epochs
     return sample if not epochs else epochs[sample] if sample < len(epochs) else math.inf
 
@@ -347,7 +347,7 @@ def results_table(rows: Sequence[dict]) -> list[dict]:
 
 
 def cost_table(rows: Iterable[dict]) -> list[dict]:
-    """The table of costs, but for SGD's beginning."""
+    """The table of costs, without the rows of SGD at an earlier epoch."""
     table = []
     for row in [row for row in rows if " at epoch " not in row["method"]]:
         there = [cost for cost in row["cost"] if cost]
@@ -383,5 +383,5 @@ def machine(results: Sequence[Result]) -> dict[str, list]:
 
 
 def machine_text(facts: Mapping[str, Sequence]) -> str:
-    """The same in a line."""
+    """What `machine` returns, in a line."""
     return "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items())

@@ -109,7 +109,7 @@ def crop(padded: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) ->
 def batch_sizes(n: int, size: int) -> list[int]:
     """The sizes of the batches of n images, over all processes.
 
-    One left over joins the last batch: each process needs two to have a variance.
+    One image left over joins the last batch: BatchNorm needs two in each process.
     """
     sizes = [size] * (n // size) + [n % size] * (n % size > 0)
     few = len(sizes) > 1 and sizes[-1] < 2 * world_size() <= size
@@ -221,13 +221,13 @@ class FileLoader:
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM go to a whole group; the main process ends the workers."""
+    """Ctrl-C and a scheduler's SIGTERM reach workers, too; the main process is to end them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers() -> None:
-    """End, at exit, the workers that an error's traceback has kept.
+    """End, at exit, the workers that an error's traceback has kept alive.
 
     Python itself would send the SIGTERM that they ignore, and wait for ever.
     """
@@ -418,7 +418,7 @@ def make_loader(
 
 
 def check_image_memory(split: Split, size: int, padding: int, augmented: bool, device: str) -> None:
-    """Say what decoded images will take; ValueError where they do not fit into memory."""
+    """Print what decoded images will take; ValueError if they do not fit into memory."""
     side, n = size + 2 * padding * augmented, len(split.images)
     # As read, padded, and mirrored while the two halves are put together.
     needed = 3 * n * (size**2 + side**2 * (4 if augmented else 1))
@@ -441,7 +441,7 @@ def load_data(args: argparse.Namespace) -> Data:
 
 
 def free_memory(device: str) -> float:
-    """Bytes that can still be had on the device; on the CPU, infinite where Linux does not tell."""
+    """Bytes that are still free on the device; infinite where the system does not tell."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if torch.device(device).type != "cpu":
@@ -776,7 +776,7 @@ def pca(
 def combine(
     weights: Tensor, samples: Sequence[Mapping], names: Sequence[str], basis: Tensor, first: int
 ) -> None:
-    """Fill this process's columns of a basis, from `first` on, with weightsᵀ (k, T) the samples."""
+    """Fill this process's columns of a basis, from `first` on: weightsᵀ (k, T) times samples."""
     product = torch.empty(0, dtype=torch.float64, device=basis.device)  # reused as the block is
     for columns, block in centered_blocks(samples, names, basis.device):
         place = slice(columns.start - first, columns.stop - first)
