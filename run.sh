@@ -27,7 +27,7 @@ $(experiments)
 settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifar
   c                  fraction of the training labels to corrupt, or several
   seed               random seed, or several
-  model              network: resnet20 (on ImageNet resnet18), or another of models/README.md
+  model              network: resnet20 (imagenet: resnet18, tiny-imagenet: resnet32), or another
   datasets           cifar, cifar-small, finetune: CIFAR10, or CIFAR100, ImageFolder
   data_dir           where the images are, or are downloaded to: ../data
   options            more options for all scripts, as in options="--half --compile"

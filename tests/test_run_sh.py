@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import train_sgd
+
 ROOT = Path(__file__).parent.parent
 STUB = """
 import os, sys
@@ -215,6 +217,19 @@ def test_imagenet_is_the_published_experiment(project, tiny):
         assert part in pbfgs
 
 
+def test_tiny_imagenet_has_the_published_schedule_of_cifar_100(project, tiny):
+    done = run(project, "tiny-imagenet", data_dir="/data", PYTHONPATH=tiny)
+    lines = commands(done.stdout)
+    check_baselines(lines[2], lines[3:5], "16 31")
+    for line in [" ".join(command) for command in lines]:
+        for part in ("datasets ImageFolder", "arch resnet32", "data-dir /data"):
+            assert part in line
+    milestones = " ".join(map(str, train_sgd.MILESTONES["CIFAR100"]))
+    assert {"lr 0.1", f"milestones {milestones}"} <= set(lines[0])
+    last = "save_labelnoise0_resnet32_ImageFolder/30.pt --start-epoch 30 --milestones 30"
+    assert f"{last} --epochs 40\n" in done.stdout
+
+
 def test_finetune_imagenet_has_samples_enough(project, tiny):
     """1,281,167 images in batches of 256 are 5,005 steps an epoch."""
     done = run(project, "finetune-imagenet", PYTHONPATH=tiny)
@@ -288,7 +303,7 @@ def test_help_tells_every_experiment_setting_and_command(option, project):
     assert (done.returncode, done.stderr) == (0, "")
     assert not (project / ".venv").exists()
     files = [file for file in project.glob("experiments/*.sh") if file.stem != "common"]
-    assert len(files) == 10
+    assert len(files) == 11
     for file in files:
         about = file.read_text().splitlines()[0].removeprefix("# ")
         assert re.search(rf"^  {file.stem} +{re.escape(about)}$", done.stdout, re.MULTILINE)
