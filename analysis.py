@@ -19,7 +19,7 @@ from engine import cross_entropy, evaluate
 from network import copy_into, load_weights
 from results import Experiment, Result, grouped, noting, plain
 
-TRAINING_IMAGES = 5000  # at most as many are looked at for the training accuracy
+TRAINING_IMAGES = 5000  # at most this many are used for the training accuracy
 GRID, GRID_IMAGES = 21, 500  # points a side of the loss landscape, and images for its loss
 Samples = Sequence[Mapping[str, Tensor]]
 
@@ -32,7 +32,7 @@ class Probe:
         args = argparse.Namespace(**trajectory.arguments | {"device": options.device})
         args.data_dir = options.data_dir or Path(args.data_dir)
         if ":" in args.arch and args.arch != options.arch:
-            # What a file names is not to be imported because it stands there.
+            # Code is not imported because a file names it.
             raise ValueError(f"its network is {args.arch}; allow it: --arch {args.arch}")
         train, test = utils.read_splits(args)
         classes = len(train.classes)
@@ -96,7 +96,7 @@ def measure(
 
 
 def load(result: Result, numbers: range) -> Samples:
-    """Samples of a result's trajectory, [] where some have been removed: they take room."""
+    """Samples of a result's trajectory, [] if some have been removed to save disk space."""
     directory = result.trajectory.directory
     try:
         return utils.load_samples(directory, numbers.start, numbers.stop, numbers.step)
@@ -105,7 +105,7 @@ def load(result: Result, numbers: range) -> Samples:
 
 
 def started_from(result: Result) -> range:
-    """The samples whose mean training started from, mostly one; none where it was another file."""
+    """The samples (usually one) whose mean training started from; none for another file."""
     arguments, start = result.arguments, result.arguments.get("start")
     if start == "mean":
         return sample_range(arguments)

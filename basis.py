@@ -40,7 +40,7 @@ class Basis(NamedTuple):
 
 
 def run_directory(args: argparse.Namespace, method: str) -> Path:
-    """Where a subspace run's files are: --run, or a name that tells basis and start."""
+    """Where a subspace run's files are: --run, or a name made of basis and start."""
     name = method
     if args.basis != "pca":
         name += f"_{Path(args.basis).stem}"
@@ -69,7 +69,7 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
 def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
     """The samples that --params_start, --params_end and --params_stride name.
 
-    Where the options leave open which samples and how many directions: as published, or fewer.
+    Samples and directions that the options leave open are the published ones, or fewer.
     """
     if args.params_end is None:
         there = on_rank0(lambda: sample_numbers(args.save_dir))
@@ -160,7 +160,7 @@ def compute_basis(
     device = "cpu" if torch.device(args.device).type == "mps" else args.device
     if args.basis in ("pca", "schmidt"):
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
-        # same in either: SGD, and BFGS that starts at the identity, turn with the basis.
+        # same in either: SGD, and BFGS from the identity, are equivariant to rotations.
         k = max(1, len(samples) - 1) if args.basis == "schmidt" else k
         settings = {"names": names, "device": device, "dtype": dtype, "shard": args.shard_basis}
         basis, ratio = pca(samples, k, **settings)
@@ -198,7 +198,7 @@ def read_basis(file: Path, n: int, dtype: torch.dtype) -> Tensor:
     if not fits or not basis.is_floating_point() or not basis.isfinite().all():
         raise ValueError(f"{file}: {tuple(basis.shape)}, not finite numbers (k, {n})")
     gram = basis.double() @ basis.double().T
-    # As far from orthonormal as rounding to its own type, or to --basis-dtype before, makes it.
+    # What rounding to its own type, or earlier to --basis-dtype, explains.
     rounding = max(torch.finfo(basis.dtype).eps, torch.finfo(dtype).eps, 1e-6)
     if (gram - torch.eye(len(gram))).abs().max() > 10 * rounding:
         with blame(str(file)):

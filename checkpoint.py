@@ -33,7 +33,7 @@ SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basi
 SHARED = (*EXPERIMENT, *PREPROCESSING)
 RESUMED = (*SHARED, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
 RESUMED += ("sample_every", "average")
-# These too in an epoch, or where samples count steps.
+# These too in the middle of an epoch, and with --sample-every.
 MIDWAY = ("batch_size", "accumulate", "start_epoch")
 
 # ------------------------------------------------------------------------------------ writing
@@ -57,8 +57,8 @@ def replacing(file: Path) -> Iterator[Any]:
         if not isinstance(cause, OSError):
             raise
         raise InputError(
-            f"{file}: could not be written ({cause.strerror or cause}); the files written before "
-            "are whole: call again once it can be, to train with --resume", 1,
+            f"{file}: could not be written ({cause.strerror or cause}); earlier files are intact: "
+            "once there is room, continue with --resume", 1,
         ) from error  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def check_same(
         value = getattr(args, name, None)
         needed = value is not None or name in EXPERIMENT  # earlier versions had fewer options
         if name in args and needed and name not in recorded:
-            raise ValueError(f"{file}: does not tell its {name}")
+            raise ValueError(f"{file}: does not record {name}")
         if name in args and recorded.get(name) != value:
             option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
             raise InputError(
@@ -141,7 +141,7 @@ def check_same(
 
 
 def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
-    """Whether a config.json is of this experiment: False if there is none, InputError if not."""
+    """True if a config.json is of this experiment, False without one, InputError for another's."""
     if not file.exists():
         return False
     with blame(f"{file}: not readable", Exception):
@@ -168,9 +168,9 @@ def recorded_options(file: Path) -> list[str]:
 
 
 def check_config(args: argparse.Namespace, file: Path) -> None:
-    """InputError for options that contradict the config.json of the run whose files are used."""
+    """InputError for options that contradict the config.json of the trajectory."""
     if not on_rank0(lambda: is_same_experiment(args, file)):
-        print0(f"{file} is missing: not checked that its run had this data, network and seed")
+        print0(f"{file} is missing: its run's data, network and seed are not checked")
 
 
 def save_config(
@@ -287,7 +287,7 @@ def check_checkpoint(
     check_fits(checkpoint["states"]["model"], model, file, args.arch)
     check_finite_values(checkpoint["states"]["model"], model, file)
     if source and checkpoint["basis"] != source:
-        raise ValueError(f"{file} is of other samples than there are now; --overwrite it")
+        raise ValueError(f"{file} was made from other samples; --overwrite it")
     sums = [progress.get(name, 0) for name in ("batches", "seconds")]
     sums += progress.get("totals", {}).values()
     last = [row["epoch"] + row["test_acc"] for row in rows[-1:]]
@@ -298,7 +298,7 @@ def check_checkpoint(
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, file: Path) -> None:
     """Load the state `saved` in `file`; momentum and the like stay those of the options.
 
-    Raises ValueError for a state that does not fit: fused kernels would not look.
+    Raises ValueError for a state that does not fit: fused kernels do not check.
     """
     own = [{**group, "params": None} for group in optimizer.param_groups]
     try:
@@ -321,7 +321,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, file: Path) -> 
 def claim(args: argparse.Namespace, directory: Path, keep: bool) -> contextlib.ExitStack:
     """Make the run's directory and hold it until the stack is closed; only rank 0 does.
 
-    The files of an earlier run stay where they are to `keep`, else they are removed, which needs
+    With `keep` the files of an earlier run stay, otherwise they are removed, which needs
     --overwrite. Raises InputError that says which process holds the directory, or what is in it.
     """
     with blame("--save-dir"), contextlib.ExitStack() as stack:

@@ -23,7 +23,7 @@ from utils import DATASETS
 
 
 def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
-    """Decorate a script's main: what a user can fix is one line on stderr and an exit code.
+    """Decorate a script's main: a user's mistake becomes one line on stderr and an exit code.
 
     The code is 2 for options and files, 1 for what went wrong later, 130, 143 and 129 for SIGINT,
     SIGTERM and SIGHUP.
@@ -42,7 +42,7 @@ def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
             except RuntimeError as error:  # gloo has no class of its own
                 if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                     raise
-                exit_with(f"between processes, one of which may be gone: {error}", 1)
+                exit_with(f"communication between processes failed, one may be gone: {error}", 1)
 
     return wrapped
 
@@ -92,7 +92,7 @@ def pick_device(name: str) -> str:
 def check_combinations(args: argparse.Namespace) -> None:
     """InputError for options that do not go together, or not on this machine."""
     for option, place in (("--save-dir", args.save_dir), ("--data-dir", args.data_dir)):
-        with blame(option):  # OSError where one may not look
+        with blame(option):  # OSError without permission
             if place.exists() and not place.is_dir():
                 raise InputError(f"{option} {place}: not a directory")
     started = getattr(args, "start", None) is not None
@@ -115,11 +115,11 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise InputError(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if 1 < world_size() > args.batch_size / 2:
         least = 2 * world_size()
-        raise InputError(f"--batch-size {args.batch_size}: allowed: from {least}, two a process")
+        raise InputError(f"--batch-size {args.batch_size}: allowed: from {least}, two per process")
     if getattr(args, "shard_basis", False) and args.basis not in ("pca", "schmidt"):
         raise InputError(f"--shard-basis: not with --basis {args.basis}; allowed: pca, schmidt")
     if args.sync_bn and args.device != "cuda":
-        raise InputError("--sync-bn: allowed on CUDA; elsewhere torch has none over processes")
+        raise InputError("--sync-bn: allowed on CUDA; torch has it nowhere else")
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError(
             "--compile: needs a C++ compiler on the CPU; install g++, or name it in CXX"
@@ -127,7 +127,7 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 
 def configure_torch(args: argparse.Namespace) -> None:
-    """Make torch's settings, which are the process's, those of the options."""
+    """Set torch's process-wide settings from the options."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32

@@ -71,7 +71,7 @@ def l2_penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor:
 
 
 def objective(loss: Tensor, weight: float, args: argparse.Namespace, subspace: nn.Module) -> Tensor:
-    """What is minimized: the loss with its weight among the processes, and the L2 penalty."""
+    """What is minimized: the loss, weighted by this process's share, and the L2 penalty."""
     loss = weighted(loss, weight)
     return loss + l2_penalty(args, subspace) if args.weight_decay else loss
 
@@ -187,11 +187,11 @@ class Run:
         self.states = {"model": model} | ({"optimizer": optimizer} if optimizer else {}) | others
         self.sizes = batch_sizes(len(data.train), data.train.batch_size)
         self.plain = model.model if basis else model  # the network itself
-        # In a subspace all parameters are frozen: those that were not before are its origin.
+        # A subspace freezes all parameters; its origin are those that were trained.
         self.n = len(model.origin) if basis else sum(p.numel() for p in trainable(model).values())
         self.rows: list[dict] = []
         self.done, self.seconds, self.signal = 0, 0.0, 0  # of the current epoch
-        self.totals: Counter = Counter()  # sums over them, on the device
+        self.totals: Counter = Counter()  # sums over its batches, on the device
         self.source = basis.computed_from if basis else sample_fingerprint(args)
         # Rank 0 decides, and sends what it read: the others may not see its files.
         found = on_rank0(lambda: read_checkpoint(args, directory, model, self.source))
@@ -311,7 +311,7 @@ class Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """The epoch's batches still to come: images, labels, and the weight of their mean loss.
 
-        The mean over the processes of what is weighted so is that over all images.
+        So weighted, the mean over the processes is that over all images.
         """
         self.model.train()
         # Dropout and the like: a resumed run draws what an unbroken one would.
@@ -332,7 +332,7 @@ class Run:
 
     @torch.no_grad()
     def log(self, loss: Tensor, logits: Tensor, labels: Tensor, **details: Any) -> None:
-        """Count a step done, by its mean loss and logits; `details` are averaged over the epoch.
+        """Count a step as done, with its mean loss and logits; `details` are averaged, too.
 
         Every --print-freq steps this is a host sync, to see whether the loss is finite.
         """

@@ -40,7 +40,7 @@ def exit_with(message: str, code: int) -> NoReturn:
     """End the program: one line on stderr that says what is wrong, and the exit code."""
     number = int(os.environ["RANK"]) if under_torchrun() else 0
     if number:
-        time.sleep(15)  # what rank 0 says too it has said by then, and torchrun ends this one
+        time.sleep(15)  # if rank 0 says the same, torchrun ends this process meanwhile
         message = f"process {number}: {message}"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
@@ -54,7 +54,7 @@ def stop(number: int, frame: Any) -> NoReturn:
 
 
 def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Let SIGNALS go to `handler`, but for what nohup ignores; returns where they went before."""
+    """Handle SIGNALS, except what nohup ignores, with `handler`; returns the former handlers."""
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     return {number: signal.signal(number, handler) for number in SIGNALS if number not in nohup}
 

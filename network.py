@@ -37,9 +37,9 @@ def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
 
 
 def count_on_host(model: nn.Module) -> None:
-    """Keep BatchNorm's counters of batches on the CPU: on a GPU each is a launch a step.
+    """Keep BatchNorm's counters of batches on the CPU: on a GPU each costs a launch per step.
 
-    All that they are for is `momentum=None`, and that too reads them on the host.
+    Only `momentum=None` uses them, and it reads them on the host.
     """
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:
@@ -80,7 +80,7 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
     if arch not in torchvision.models.list_models():
         raise ValueError(f"torchvision has no weights for {arch}; name a file: --pretrained PATH")
     if getattr(model, "variant", "") == "for small images":
-        raise ValueError(f"torchvision's weights are for {arch} as it is there; name a file: PATH")
+        raise ValueError(f"torchvision's weights do not fit this {arch}; name a file: PATH")
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     try:
         state = in_turn(lambda: weights.get_state_dict(progress=False, check_hash=True))
@@ -110,7 +110,7 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch:
 
 
 def check_finite_values(state: Mapping[str, Tensor], module: nn.Module, file: Path) -> None:
-    """ValueError for a state that is not finite where the module itself is: masks hold −inf."""
+    """ValueError for a state that is not finite where the module is (masks hold −inf)."""
     own = module.state_dict()
     for name, value in state.items():
         if not (value.isfinite() | ~own[name].isfinite().cpu()).all():
@@ -127,7 +127,7 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_weights(model: nn.Module, file: Path, arch: str) -> None:
     """Load the weights in `file`; raises ValueError where they do not fit the model."""
     state = on_rank0(lambda: load_state_dict(file))  # the others may not see the file
-    # torch < 0.4.1, of which the best-known CIFAR ResNets are, wrote no counters of BatchNorm.
+    # torch < 0.4.1, which saved the best-known CIFAR ResNets, had no counters in BatchNorm.
     own = model.state_dict().items()
     counters = {name: v.new_zeros(()).cpu() for name, v in own if "num_batches_tracked" in name}
     state = counters | state

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         self.groups = {title: self.add_argument_group(title) for title in GROUPS}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        """As usual, but an option that there is not is answered with the nearest."""
+        """As usual, but an unknown option is answered with the nearest."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word, flags = unknown[0].partition("=")[0].lower(), self._option_string_actions
@@ -113,13 +113,13 @@ def run_name(text: str) -> str:
     """An argparse type: a directory name that cannot lead out of --save-dir."""
     if re.fullmatch(r"[A-Za-z][\w.-]*", text):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not a name, as psgd_random")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a name like psgd_random")
 
 
 def path(text: str) -> Path:
     """An argparse type: a path that a file system can have."""
     if not text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path of names of 1 to 255 bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path; its names have 1 to 255 bytes")
     return Path(text)
 
 
@@ -152,7 +152,7 @@ def network(text: str) -> str:
 # ------------------------------------------------------------------------------------- options
 
 
-# One option a row reads as the table it is.
+# Unformatted, the options read as the table they are.
 # fmt: off
 def get_parser(description: str, arch: str, epochs: int, weight_decay: float) -> Parser:
     """The options that the three scripts have in common, with a script's own defaults."""
@@ -166,7 +166,7 @@ def get_parser(description: str, arch: str, epochs: int, weight_decay: float) ->
 
 
 def add_data_options(parser: Parser) -> None:
-    """Add what says which images and labels there are."""
+    """Add the options for images and labels."""
     add = parser.groups["data"].add_argument
     add("--datasets", type=one_of("dataset", DATASETS), metavar="NAME", default="CIFAR10",
         help=", ".join(DATASETS))
@@ -181,7 +181,7 @@ def add_data_options(parser: Parser) -> None:
     add("--no-augment", action="store_const", const=True,
         help="train on the images as they are, neither cropped at random nor mirrored")
     add("--no-flip", action="store_const", const=True,
-        help="do not mirror the training images, as those of text")
+        help="do not mirror the training images (of text, say)")
     add("--corrupt", type=fraction, metavar="C", default=0.0,
         help="fraction of the training labels replaced by ones drawn uniformly over all classes")
     add("--smalldatasets", type=between(float, 0, 1, above=True), metavar="P",
@@ -189,7 +189,7 @@ def add_data_options(parser: Parser) -> None:
 
 
 def add_network_options(parser: Parser, arch: str) -> None:
-    """Add what says which network is trained, and from where."""
+    """Add the options for the network and its initial weights."""
     add = parser.groups["network"].add_argument
     add("-a", "--arch", type=network, metavar="NAME", default=arch,
         help="a network (`--arch list` prints them all), or package.module:callable, which is "
@@ -199,20 +199,20 @@ def add_network_options(parser: Parser, arch: str) -> None:
 
 
 def add_training_options(parser: Parser, epochs: int, weight_decay: float) -> None:
-    """Add how long is trained, on what batches, from which seed."""
+    """Add the options for how long to train, on what batches, from which seed."""
     add = parser.groups["training"].add_argument
-    add("--epochs", type=positive, metavar="N", default=epochs, help="number of the last epoch")
+    add("--epochs", type=positive, metavar="N", default=epochs, help="train until this epoch")
     add("--start-epoch", type=natural, metavar="N", default=0,
-        help="epochs taken as done at the start; --resume knows by itself")
-    add("-b", "--batch-size", type=positive, metavar="N", default=128, help="images a batch")
+        help="epochs counted as done at the start; --resume knows them")
+    add("-b", "--batch-size", type=positive, metavar="N", default=128, help="images per batch")
     add("--weight-decay", "--wd", type=nonnegative, metavar="W", default=weight_decay,
-        help="L2 penalty: W / 2 times the squared norm of all parameters")
+        help="L2 penalty: W / 2 times the squared norm of the parameters (adamw: decoupled)")
     add("--randomseed", type=natural, metavar="N", default=1,
         help="seed of initialization, label corruption, data order and augmentation")
 
 
 def add_run_options(parser: Parser) -> None:
-    """Add where a run's files are, when they are written, and what becomes of earlier ones."""
+    """Add the options for the files of a run and of earlier ones."""
     add = parser.groups["run"].add_argument
     add("--save-dir", type=path, metavar="DIR", default="save_temp",
         help="directory of the trajectory, and of the runs in its subspaces")
@@ -222,13 +222,13 @@ def add_run_options(parser: Parser) -> None:
         help="continue from this checkpoint (without PATH: the run's own, if there is one)")
     add("--overwrite", action="store_true", help="replace an earlier run in the same directory")
     add("-e", "--evaluate", action="store_true",
-        help="only test, the weights of --pretrained or --resume, else the run's own model.th")
+        help="only test: --pretrained's or --resume's weights, else the run's own model.th")
     add("-p", "--print-freq", type=positive, metavar="N", default=50,
-        help="every N batches, look whether the loss is finite, and show it on a terminal")
+        help="every N batches, check that the loss is finite, and show it on a terminal")
 
 
 def add_machine_options(parser: Parser) -> None:
-    """Add what is computed where and how, and does not change what is computed but by rounding."""
+    """Add the options for where and how to compute."""
     add = parser.groups["machine"].add_argument
     add("--device", type=str.lower, metavar="DEVICE", default="auto",
         help="cpu, cuda, mps, xpu …; auto is the accelerator that torch sees, else cpu")
@@ -241,18 +241,18 @@ def add_machine_options(parser: Parser) -> None:
     add("-j", "--workers", type=natural, metavar="N", default=4,
         help="threads or processes that decode image files")
     add("--test-batch-size", type=positive, metavar="N",
-        help="images a batch of a test (default: 500 up to 64 pixels, fewer for larger images)")
+        help="images per test batch (default: 500 up to 64 pixels, fewer for larger images)")
     add("--sync-bn", action="store_true",
         help="under torchrun on CUDA, BatchNorm normalizes with the batches of all processes")
     add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
     add("--deterministic", action="store_true",
-        help="give the same bits at every run, on CUDA too; an operation that cannot is an error")
+        help="same bits in every run, on CUDA too; an operation that cannot is an error")
 
 
 def add_schedule_options(
     parser: Parser, lr: float | None, lr_help: str, milestones: list[int] | None, usual: str = ""
 ) -> None:
-    """Add what SGD needs, whatever it moves: learning rate, momentum, schedule."""
+    """Add the options of SGD, in the full space or in a subspace."""
     group = parser.groups["training"]
     add = group.add_argument
     add("--lr", "--learning-rate", type=nonnegative, metavar="LR", default=lr, help=lr_help)
@@ -261,15 +261,15 @@ def add_schedule_options(
     add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
         help=f"after N epochs the learning rate drops to a tenth{usual}")
     add("--schedule", dest="milestones", type=one_of("schedule", ["cosine"]), metavar="cosine",
-        help="instead, the learning rate falls along half a cosine, to 0 after --epochs")
+        help="instead of --milestones, half a cosine from the learning rate to 0 after --epochs")
 
 
 def add_subspace_options(parser: Parser) -> None:
-    """Add what says which samples span the subspace, and how many directions of them to keep."""
+    """Add the options for samples, subspace, and where training starts."""
     add = parser.groups["subspace"].add_argument
     add("--n_components", "--n-components", type=components, metavar="K",
-        help="directions to keep, or the fraction of the samples' variance to explain, as 0.99 "
-        "(default: 40, or one less than samples)")
+        help="directions to keep, or the fraction of the samples' variance to explain, e.g. 0.99 "
+        "(default: 40, or one less than the samples)")
     add("--params_start", "--params-start", type=natural, metavar="N", default=0,
         help="first sample, where training in the subspace starts from")
     add("--params_end", "--params-end", type=natural, metavar="N",
@@ -277,10 +277,10 @@ def add_subspace_options(parser: Parser) -> None:
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
     add("--basis", type=basis, metavar="BASIS", default="pca",
-        help="pca; schmidt: all that the samples span, whatever K; random: K random directions; "
+        help="pca; schmidt: all directions that the samples span; random: K random ones; "
         "or a file, .npz or .npy")
     add("--start", type=sample_or_mean, metavar="N",
-        help="train from this sample, or from their mean (default: --params_start)")
+        help="start at sample N, or at the samples' `mean` (default: --params_start)")
     add("--bn-update", action="store_true",
         help="before each test, recompute BatchNorm's statistics over the training images")
     add("--shard-basis", action="store_true",

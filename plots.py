@@ -25,7 +25,7 @@ OTHERS = [("#CC79A7", "v"), ("#56B4E9", "X"), ("#8C564B", "p"), ("#7F7F7F", "*")
 # Line and marker of the variants of a method, as P-SGD with and without BN update.
 LINES = ("-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 4)))
 FILLS = ("full", "none", "bottom", "left", "top")
-# Of the metrics of an epoch what an axis says, and its scale.
+# Label and scale of the axis of each metric.
 METRICS = {
     "test_acc": ("test accuracy (%, logit scale)", "logit"),
     "train_loss": ("training loss", "log"),
@@ -90,7 +90,7 @@ def set_scale(axis: Axis, scale: str) -> None:
 
 
 class Curve(NamedTuple):
-    """How a method went: E epochs, S seeds."""
+    """The metrics of a method: E epochs, S seeds."""
 
     name: str
     epochs: np.ndarray  # (E,)
@@ -166,7 +166,7 @@ def landscape(
     axes.set_xlabel(f"along the first principal component ({ratios[0]:.1%} of the variance)")
     axes.set_ylabel(f"along the second ({ratios[1]:.1%})")
     title = f"This plane explains {sum(ratios):.1%} of the samples' variance.\n"
-    title += "Paths outside of it, as those in other subspaces, are projected onto it."
+    title += "Paths outside it, such as those in other subspaces, are projected onto it."
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside upper center", ncols=2, title="paths (large marker: the end)")
     return figure

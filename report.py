@@ -1,4 +1,4 @@
-"""3. What came of it: tables and pictures of the runs in one or more save dirs, and a page of both.
+"""3. The report: tables and pictures of the runs in one or more save dirs, on one page.
 
     python report.py save_labelnoise0_resnet20 save_labelnoise0.4_resnet20 --out report
 
@@ -27,9 +27,9 @@ def get_options() -> Parser:
     add("--data-dir", type=path, metavar="DIR",
         help="where the dataset is, if no longer where the runs had it")
     add("--arch", metavar="NAME",
-        help="package.module:callable, where the network of the runs is one")
+        help="package.module:callable, if the runs' network is one")
     add("--device", type=str.lower, metavar="DEVICE", default="auto",
-        help="cpu or what accelerator there is, as cuda; auto prefers it")
+        help="cpu, or the accelerator there is, e.g. cuda; auto prefers it")
     add("--no-data", action="store_true",
         help="leave out what needs the images: training accuracy and loss landscape")
     # fmt: on
@@ -77,7 +77,7 @@ def curves(runs: Sequence[Result]) -> list[plots.Curve]:
 
 
 def finals(runs: Iterable[Result], name: Callable, at: Callable) -> dict[str, dict]:
-    """Final test accuracies of finished seeds, by a name and a number of their results."""
+    """Final test accuracies of finished seeds, by `name` and then by `at` of each result."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for result in [result for result in runs if result.finished]:
         found[name(result)][at(result)].append(result.final)
@@ -108,7 +108,7 @@ def overview(runs: Sequence[Result], looks: plots.Looks, spread: str) -> Iterato
 
 
 def sweeps(runs: Sequence[Result], at: Callable, fixed: Callable) -> Iterator[tuple[Result, dict]]:
-    """Subspace runs alike but for a number `at`, at three or more: one of them, final accuracies.
+    """Subspace runs that differ in `at` only, three or more: one of them, final accuracies.
 
     Beside them are those of the average of the later half of the samples.
     """
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     for section in sections[1:]:
         print(f"\n{section['title']}\n{results.markdown(section['results'])}", end="")
     for problem in problems:
-        print(f"report.py: left out: {problem}", file=sys.stderr)
+        print(f"report.py: skipped: {problem}", file=sys.stderr)
     print(f"\n{args.out / 'index.html'}: this table and pictures")
     return table
 

@@ -24,7 +24,7 @@ SETTINGS += ("image_size", *PREPROCESSING)
 ACCURACIES = ("final", "best", "train", "correct labels", "wrong labels")
 COST = (
     "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "
-    "reach it, so compare methods that do so with equally many seeds."
+    "reach it; compare only methods that do so with equally many seeds."
 )
 
 # ------------------------------------------------------------------------------ reading runs
@@ -177,7 +177,7 @@ def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> It
     files = tuple(trajectory.directory / f"{number}.pt" for number in samples)
     if all(file.exists() for file in files):
         replaced = digest(files) != run.config["fingerprint"]
-    else:  # they take room, and may have been removed
+    else:  # some have been removed to save disk space
         replaced = last > trajectory.rows[-1]["epoch"]
     if replaced:
         raise ValueError("its samples have been replaced since; run it again")
@@ -253,7 +253,7 @@ def row_key(result: Result) -> tuple:
 
 
 def mismatch(result: Result, other: Result) -> str | None:
-    """Why two results are not two seeds of an experiment, if they are not."""
+    """Why two results are not seeds of one experiment; None if they are."""
     expected = other.settings()
     for name, value in result.settings().items():
         if value != expected[name]:
@@ -263,7 +263,7 @@ def mismatch(result: Result, other: Result) -> str | None:
 
 
 def plain(results: Iterable[Result]) -> list[Result]:
-    """Of several runs of a method on one trajectory the one without a name, else the first."""
+    """One run per method and trajectory: the one without a name, else the first."""
     ordered = sorted(results, key=lambda result: result.name)
     runs = grouped(ordered, lambda result: (result.trajectory.directory, result.method))
     return [own[0] for own in runs.values() if own[0].kind != "partial"]

@@ -27,14 +27,15 @@ $(experiments)
 settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifar
   c                  fraction of the training labels to corrupt, or several
   seed               random seed, or several
-  model              network: resnet20 (imagenet: resnet18, tiny-imagenet: resnet32), or another
-  datasets           cifar, cifar-small, finetune: CIFAR10, or CIFAR100, ImageFolder
+  model              network: resnet20 (imagenet and finetune-imagenet: resnet18, tiny-imagenet: resnet32)
+  datasets           cifar*, finetune: CIFAR10, or CIFAR100, ImageFolder
   data_dir           where the images are, or are downloaded to: ../data
   options            more options for all scripts, as in options="--half --compile"
 
 Each experiment is a file, experiments/NAME.sh. An interrupted one resumes when it is called again;
-it ends with a table, and a page with pictures in report/NAME. What gpu does in ten minutes is compare
-a GPU's numbers with the CPU's and measure its speed; the page is report/gpu/README.md.
+it ends with a table, and a page with pictures in report/NAME. bench measures times and memory, lint
+checks the code. gpu compares a GPU's numbers with the CPU's and measures its speed, in ten minutes; its
+page is report/gpu/README.md.
 TEXT
 }
 

@@ -27,9 +27,9 @@ def get_options() -> Parser:
     add = parser.groups["training"].add_argument
     add("--alpha", type=nonnegative, metavar="A", default=0.0,
         help="learning rate along the gradient outside the subspace")  # fmt: skip
-    add("--gamma", type=fraction, metavar="G", default=0.9, help="momentum of that step")
+    add("--gamma", type=fraction, metavar="G", default=0.9, help="momentum of the step of --alpha")
     add("--accumulate", type=positive, metavar="N", default=1,
-        help="batches a step; gradient and line search are of all of them")  # fmt: skip
+        help="batches per step; gradient and line search use all of them")  # fmt: skip
     return parser
 
 
@@ -53,7 +53,7 @@ from utils import batch_sizes, load_data
 class PBFGS(torch.optim.Optimizer):
     """BFGS on one small vector z (k,), with mini-batch gradients and a backtracking line search.
 
-    B, the estimate of the inverse Hessian (k, k), is first the identity. A step is along d = −B g:
+    B, the estimate of the inverse Hessian (k, k), starts as the identity. A step is along d = −B g:
     s = d, ρd, ρ²d, … is tried until L(z + s) < L(z) + σ gᵀs (Armijo), both losses on the
     mini-batch of g. Where `max_trials` are rejected, the next s is taken without a trial.
 
@@ -100,8 +100,8 @@ class PBFGS(torch.optim.Optimizer):
 def update_inverse_hessian(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """The BFGS update of B (k, k) by a step s (k,) that changed the gradient by y (k,).
 
-    Nocedal and Wright, Numerical Optimization (2006), eq. 6.17. Where yᵀs is not above 1e-20, B
-    would not stay positive definite and is returned as it is; that is decided on the device.
+    Nocedal and Wright, Numerical Optimization (2006), eq. 6.17. Unless yᵀs is above 1e-20,
+    which keeps B positive definite, B is returned as it is; that is decided on the device.
     """
     curvature = y @ s
     V = torch.eye(len(s), dtype=s.dtype, device=s.device) - torch.outer(y, s) / curvature
@@ -111,7 +111,7 @@ def update_inverse_hessian(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def frozen_buffers(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside normalize with the batch, and leave every buffer as it was.
+    """Inside, forward passes use the statistics of the batch and change no buffer.
 
     BatchNorm is told not to track; the buffers of other layers are copied and put back.
     """
@@ -134,8 +134,8 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
 class Batch:
     """The images of one step: their loss and gradient at z, and their loss at any other z.
 
-    They are --accumulate batches, which go through the network one by one; `weight` is that of
-    this process's mean loss in the mean over all processes.
+    They are --accumulate batches, which go through the network one by one; `weight` is the share
+    of this process's mean loss in the mean over all processes.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Batch:
         self.seed = torch.initial_seed() + 1
 
     def losses(self, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch by batch its part of the mean loss, and the logits."""
+        """Each batch's part of the mean loss, and its logits."""
         torch.manual_seed(self.seed)  # all trials of a step see the same dropout
         for images, labels in self.batches:
             loss, logits = cross_entropy(self.subspace, images, labels, half)
@@ -181,12 +181,12 @@ class Batch:
     def evaluate(self) -> Tensor:
         """The loss at the current z, the mean over all processes; it leaves no trace."""
         with frozen_buffers(self.subspace.model):
-            # Never in bfloat16, whose error is of the order of the decrease looked for.
+            # Never in bfloat16, whose error is of the order of the decrease sought.
             return self.mean(add_up(loss for loss, _ in self.losses(half=False)))
 
     @torch.no_grad()
     def mean(self, loss: Tensor) -> Tensor:
-        """The mean over all processes of a loss of this one, with the L2 penalty."""
+        """A loss of this process averaged over all processes, with the L2 penalty."""
         loss = objective(loss, self.weight, self.args, self.subspace)
         return all_mean(loss.clone()) if world_size() > 1 else loss
 

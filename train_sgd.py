@@ -35,7 +35,7 @@ def get_options() -> Parser:
     add_schedule_options(parser, None, rates, None, usual)
     add = parser.groups["training"].add_argument
     add("--optimizer", type=one_of("optimizer", list(LEARNING_RATES)), metavar="NAME",
-        default="sgd", help="what trains: sgd, adam or adamw")  # fmt: skip
+        default="sgd", help="sgd, adam or adamw")  # fmt: skip
     add = parser.groups["run"].add_argument
     add("--run", type=run_name, metavar="NAME",
         help="with --average: its directory in --save-dir (default: average)")  # fmt: skip
@@ -111,7 +111,9 @@ def test_average(args: argparse.Namespace) -> dict:
             row = {"epoch": 0, "seconds": time.perf_counter() - began}
             run.record(row | evaluate(model, data.test.epoch(), args.half))
     row = run.rows[-1]
-    print0(f"{run.directory}: test accuracy {row['test_acc']:.2f} % of {len(samples)} samples")
+    print0(
+        f"{run.directory}: average of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %"
+    )
     return row
 
 

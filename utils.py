@@ -43,11 +43,11 @@ from errors import SIGNALS, InputError, blame
 # -------------------------------------------------------------------------------------- data
 
 IN_MEMORY_PIXELS = 64  # image files up to this side are decoded once and kept, above streamed
-TEST_BATCH = 500  # images up to IN_MEMORY_PIXELS, above fewer in proportion to the area
+TEST_BATCH = 500  # images up to IN_MEMORY_PIXELS; fewer above, the larger their area
 
 
 class Split(NamedTuple):
-    """The training or the test half of a dataset as it was read."""
+    """The training or the test images of a dataset as they were read."""
 
     images: Any  # uint8 (N, 3, side, side), or N paths
     labels: Tensor
@@ -109,7 +109,7 @@ def crop(padded: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) ->
 def batch_sizes(n: int, size: int) -> list[int]:
     """The sizes of the batches of n images, over all processes.
 
-    One image left over joins the last batch: BatchNorm needs two in each process.
+    A rest of fewer than two per process joins the last batch: BatchNorm needs two.
     """
     sizes = [size] * (n // size) + [n % size] * (n % size > 0)
     few = len(sizes) > 1 and sizes[-1] < 2 * world_size() <= size
@@ -137,7 +137,7 @@ class TensorLoader:
         self.padding = dataset.padding if seed is not None else 0
         self.flip = dataset.flip and seed is not None
         self.images = F.pad(split.images.to(device), [self.padding] * 4)
-        if self.flip:  # twice the memory for half the time of mirroring batch by batch
+        if self.flip:  # twice the memory for two thirds of the time of mirroring batch by batch
             self.images = torch.cat([self.images, self.images.flip(3)])
         self.labels = split.labels.to(device)
         self.batch_size = batch_size
@@ -193,7 +193,9 @@ class FileLoader:
 
     def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
         position, seed = draw
-        with torch.random.fork_rng(devices=[]):  # without workers the network draws here, too
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # without workers the network uses this generator, too
             torch.default_generator.manual_seed(seed)
             return self.transform(open_image(self.files[position])), self.labels[position]
 
@@ -215,13 +217,13 @@ class FileLoader:
             for batch in loader:
                 images, labels = (part.to(self.device, non_blocking=True) for part in batch)
                 yield images.contiguous(memory_format=self.layout), labels
-        except ValueError as error:  # a worker's comes with its traceback, ours is the last line
+        except ValueError as error:  # a worker's has its traceback; the message is the last line
             line = str(error).splitlines()[-1].removeprefix("ValueError: ")
             raise InputError(f"--data-dir: {line}") from error
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers, too; the main process is to end them."""
+    """Ctrl-C and a scheduler's SIGTERM reach workers, too, but the main process ends them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -289,7 +291,7 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
     try:
         read = partial(getattr(torchvision.datasets, name), root, train=train, download=True)
         dataset = in_turn(read)  # the first may download
-    except Exception as error:  # network, disk or archive: the ways out are the same
+    except Exception as error:  # network, disk or archive: the remedy is the same
         if not was_there:
             with contextlib.suppress(OSError):  # empty folders only
                 for folder in sorted([root, *root.rglob("*")], reverse=True):
@@ -371,7 +373,7 @@ def subset(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
-    """The training half, less what --smalldatasets drops, and the test half; true labels."""
+    """The training images that --smalldatasets keeps, and the test images, with true labels."""
     dataset = DATASETS[args.datasets]
     if args.image_size != dataset.image_size and dataset.read is not read_folder:
         raise InputError(
@@ -390,7 +392,7 @@ def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
                 f"--smalldatasets {args.smalldatasets}: keeps none of {len(train.labels)} images"
             )
         train = train._replace(images=train.images[kept], labels=train.labels[kept])
-    check_split(args, "training", train, len(train.classes), 2)  # two have a variance
+    check_split(args, "training", train, len(train.classes), 2)  # BatchNorm needs two
     check_split(args, "test", test, len(train.classes), 1)
     return train, test
 
@@ -469,7 +471,7 @@ def check_memory(needed: float, what: str, device: str, cure: str) -> None:
 
 
 def size_text(size: float) -> str:
-    """Bytes in the largest unit of which they are at least one."""
+    """Bytes, in the largest unit that gives at least 1."""
     power = max((power for power in range(1, 4) if size >= 1024**power), default=0)
     return f"{size / 1024**power:.1f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
@@ -486,7 +488,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         if p.requires_grad and p.is_complex():
             raise ValueError(f"{name} is complex; allowed: real numbers (torch.view_as_real)")
         if nn.parameter.is_lazy(p):
-            raise ValueError(f"{name} is of a lazy module; give it its size, or a first batch")
+            raise ValueError(f"{name} is lazy; give its module a size, or a first batch")
     real = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     return {name: p for name, p in real.items() if p.requires_grad} or real
 
@@ -560,7 +562,7 @@ def read_tensors(file: Path, mmap: bool = False) -> Any:
         why = f"truncated or corrupt ({type(error).__name__})"
         if "Unsupported" in str(error):  # what torch says of all that is not plain data
             why = "it holds code, as a pickled model does; save the model's state_dict()"
-        raise ValueError(f"{file}: no tensors that can be read, {why}") from error
+        raise ValueError(f"{file}: cannot be read, {why}") from error
 
 
 def load_samples(save_dir: str | Path, start: int, end: int, stride: int = 1) -> list[Sample]:
@@ -608,7 +610,7 @@ def average(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def parameter_names(sample: Mapping[str, Tensor]) -> list[str]:
     """The entries of a state dict that may be trained: without running statistics and integers.
 
-    Tied weights count once. Other buffers only the network knows: `trainable` has its parameters.
+    Tied weights count once. Only a network can tell its other buffers apart: see `trainable`.
     """
     first: dict[tuple, str] = {}  # of the names of the same memory
     for name, value in sample.items():
@@ -733,7 +735,7 @@ def pca(
     `samples` is a matrix (T, n), a sequence of vectors (n,), as `flatten` makes them, or of state
     dicts, of which `names` are taken: `trainable(model)`, or by default all real numbers but
     BatchNorm's statistics, too many where a network has other buffers. `n_components` is k, or the
-    fraction of the variance that as few as possible are to exceed. Rows are orthonormal, those of
+    fraction of the variance that the fewest components exceed. Rows are orthonormal, those of
     largest variance first, the entry of largest magnitude in each positive, as in scikit-learn. The
     results are on `device`, the basis in `dtype` (default: the samples'), ratios at least float32.
 
@@ -765,7 +767,7 @@ def pca(
     basis = torch.empty(k, settings[0], dtype=dtype or own, device=device)
     local = basis if shard else basis[:, first:last]
     combine(vectors[:, :k] / variances[:k].sqrt(), samples, names, local, first)
-    if variances[k - 1] < 1e-8 * variances[0]:  # else the rounding of the variances does not show
+    if variances[k - 1] < 1e-8 * variances[0]:  # otherwise their rounding does not matter
         orthonormalize(local, sharded=True)
     flip_signs(local)
     if not shard:

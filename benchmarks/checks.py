@@ -137,7 +137,7 @@ def digits(directory: Path) -> Iterator[list[str]]:
 
 
 def host_syncs(options: str, directory: Path) -> Iterator[list[str]]:
-    """Host syncs a step, by what CUDA tells of, trials apart: each is one."""
+    """Host syncs per step that CUDA reports, less one per trial."""
     for method in METHODS:
         same = f"{options} --epochs 1 {RANDOM if method != 'SGD' else ''}"
         with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-# the samples of cifar: 2 to 80 dimensions, and those of 20, 40 and 60 epochs
+# cifar with 2 to 80 dimensions, and with the samples of 20, 40 and 60 epochs
 cifar_settings
 psgd+=(--epochs 10)
 

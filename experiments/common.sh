@@ -18,7 +18,7 @@ trajectory() {
 # List a run: a script and its options.
 run() { runs+=("$(printf '%q ' "$save_dir" "$@")"); }
 
-# List the three scripts with the experiment's settings, and what they have to be better than.
+# List the three scripts with the experiment's settings, a random subspace and a weight average.
 chain() {
     trajectory
     run train_sgd.py "${common[@]}" "${sgd[@]}"
@@ -28,10 +28,10 @@ chain() {
     run train_sgd.py "${common[@]}" --average $average
 }
 
-# List the rivals of what is trained in the subspace of the samples up to $1: averages from sample $2 on
-# and of the last alone, both methods from the mean, trainable weight averaging, and ordinary SGD at a
-# tenth of the learning rate, for $3 epochs more.
-rivals() {
+# List the baselines on the samples up to $1: averages from sample $2 on and of the last alone, both
+# methods from the mean, trainable weight averaging, and ordinary SGD at a tenth of the learning rate,
+# for $3 epochs more.
+baselines() {
     local last=$1 first=$2 more=$3 origin=$save_dir
     run train_sgd.py "${common[@]}" --average "$first" $((last + 1)) --run "average_from_$first"
     run train_sgd.py "${common[@]}" --average "$last" $((last + 1)) --run "average_from_$last"

@@ -1,4 +1,4 @@
-# torchvision's weights trained further on ImageNet, and in subspaces of that
+# fine-tuning torchvision's weights on ImageNet, and in subspaces of that
 datasets=ImageNet model=${model:-resnet18}
 sgd=(--pretrained --lr 0.005 --epochs=15 --batch-size 256 --sample-every 500)
 seeds=${seed:-1} noises=${c:-0}

@@ -1,4 +1,4 @@
-# the networks of cifar-small trained further, and in a subspace of that
+# fine-tuning the networks of cifar-small, and in a subspace of that
 tenth_settings
 seeds=${seed:-1 2} noises=${c:-0 0.4}
 subspace=(--params_end 11 --n_components 10 --epochs 4 --bn-update)

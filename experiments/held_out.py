@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/held_out.py SAVE_DIR ...
 
-Which samples to average is chosen on these, so that no test image has a say. As many of their
-labels are corrupted as of those that were trained on.
+Which samples to average is chosen on these, so that no test image has a say. The same fraction
+of their labels is corrupted.
 """
 
 import argparse

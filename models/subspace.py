@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
 
-BLOCK = 2**22  # numbers of a bfloat16 basis that are float32 at a time: they stay in the cache
+BLOCK = 2**22  # numbers of a bfloat16 basis converted at a time: they stay in the cache
 
 
 class Combination(torch.autograd.Function):
-    """zᵀP (n,) for z (k,) and P (k, n) of a shorter type, which is never converted whole."""
+    """zᵀP (n,) for z (k,) and P (k, n) of a shorter type, converted block by block."""
 
     @staticmethod
     def forward(ctx, z: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Subspace(nn.Module):
     (with `requires_grad_` it gathers the full gradient ∂L/∂θ); `basis` (k, n) is no buffer,
     since DistributedDataParallel sends the buffers out at every step. z and θ(z) are at least
     float32, also where P or the network are bfloat16. With `shard` each process of
-    torch.distributed gives its part of the columns, as `utils.pca` shares them out.
+    torch.distributed passes its own columns, as `utils.pca` returns them.
 
     Raises ValueError where the basis does not fit the model.
     """

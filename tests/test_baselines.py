@@ -156,7 +156,7 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)
 
 
-def test_rivals_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, capsys, undrawn):
+def test_baselines_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, capsys, undrawn):
     """Oracles: the sample itself, but for its statistics, and the epochs counted."""
     subspace = ["--params_end", "5", "--n_components", "2", "--save-dir", str(copy)]
     train_psgd.main([*SUBSPACE, *subspace])

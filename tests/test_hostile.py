@@ -117,7 +117,7 @@ CODE = {
 def test_a_pickled_network_is_told_what_to_save(run, rejected):
     torch.save(models.build("resnet8", 10), "weights.th")
     line = rejected(*read_by("weights.th"))
-    assert "weights.th: no tensors that can be read, it holds code" in line
+    assert "weights.th: cannot be read, it holds code" in line
     assert "save the model's state_dict()" in line
 
 
@@ -127,7 +127,7 @@ def test_code_is_refused_and_does_not_run(file, kind, run, rejected):
     """That it is code is shown by a loader that runs it."""
     CODE[kind](Path(file))
     line = rejected(*read_by(file))
-    assert f"{file}: no tensors that can be read" in line
+    assert f"{file}: cannot be read" in line
     assert not Path("ran").exists()
     with contextlib.suppress(RuntimeError):
         torch.load(file, weights_only=False)
@@ -189,7 +189,7 @@ def left_out(run, rejected, capsys, monkeypatch):
             return
         table = report.main([str(run), "--no-data", "--out", "out"])
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"report.py: left out: {directory}: ")
+        assert line.startswith(f"report.py: skipped: {directory}: ")
         assert {row["method"] for row in table} >= {"SGD", "P-BFGS"}
 
     return call
@@ -258,11 +258,7 @@ def no_network(*args, **kwargs):
 
 # Weights
 
-STATE_DICT, FITS, WHOLE = (
-    "holds no state dict",
-    "does not fit --arch resnet8",
-    "no tensors that can be read",
-)
+STATE_DICT, FITS, WHOLE = ("holds no state dict", "does not fit --arch resnet8", "cannot be read")
 # What is saved in the place of a state dict, and what the line says.
 WEIGHTS = {
     "nothing": (lambda state: None, STATE_DICT),

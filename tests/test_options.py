@@ -158,7 +158,7 @@ BAD_VALUES = [
     ((PSGD, PBFGS), "--basis foo", "allowed: pca, schmidt, random or a file, .npz or .npy"),
     ((PSGD, PBFGS), "--basis ''", "allowed: pca, schmidt, random or a file, .npz or .npy"),
     ((PSGD, PBFGS), "--basis .", "there is no basis '.'; allowed: pca, schmidt, random or a file"),
-    ((PSGD,), f"--basis {300 * 'x'}.npz", "is not a path of names of 1 to 255 bytes"),
+    ((PSGD,), f"--basis {300 * 'x'}.npz", "is not a path; its names have 1 to 255 bytes"),
     ((PSGD, PBFGS), "--basis random --n_components 0.5", "0.5: allowed with --basis random: a"),
     (
         (PSGD, PBFGS),
@@ -186,7 +186,7 @@ BAD_VALUES = [
     ((report,), "/dev/null", "nothing to report: /dev/null: there is no config.json"),
     ((report,), "--nonsense .", "unrecognized arguments: --nonsense"),
     ((report,), "--out", "argument --out: expected one argument"),
-    ((report,), "--out= .", "argument --out: '' is not a path of names of 1 to 255 bytes"),
+    ((report,), "--out= .", "argument --out: '' is not a path; its names have 1 to 255 bytes"),
     ((report,), "--arch", "argument --arch: expected one argument"),
     ((report,), "--data-dir", "argument --data-dir: expected one argument"),
     (
@@ -459,10 +459,10 @@ def broken(name: str, file: Path) -> None:
 
 
 BROKEN = {
-    "truncated": "no tensors that can be read",
-    "empty": "no tensors that can be read",
-    "text": "no tensors that can be read",
-    "code": "no tensors that can be read",
+    "truncated": "cannot be read",
+    "empty": "cannot be read",
+    "text": "cannot be read",
+    "code": "cannot be read",
     "number": "",
     "arch": "does not fit --arch resnet8",
 }

@@ -112,7 +112,7 @@ def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, ca
         ("rows", "gives (2, 8, 6, 6) for two images"),
         ("pair", "gives tuple for two images"),
         ("fails", "not for training"),
-        ("lazy", "1.weight is of a lazy module; give it its size"),
+        ("lazy", "1.weight is lazy; give its module a size"),
         ("frozen", "has no parameters to train"),
         ("none", "has no parameters to train"),
         ("spectrum", "weight is complex; allowed: real numbers"),

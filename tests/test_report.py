@@ -75,8 +75,8 @@ def warned(undrawn, capsys, tmp_path):
         capsys.readouterr()
         table = report.main([*map(str, save_dirs), "--no-data", "--out", str(tmp_path / "out")])
         lines = capsys.readouterr().err.splitlines()
-        assert all(line.startswith("report.py: left out: ") for line in lines), lines
-        return table, [line.removeprefix("report.py: left out: ") for line in lines]
+        assert all(line.startswith("report.py: skipped: ") for line in lines), lines
+        return table, [line.removeprefix("report.py: skipped: ") for line in lines]
 
     return call
 
@@ -574,7 +574,7 @@ def test_a_full_disk_is_a_line(sampled, capsys, tmp_path, undrawn):
     (line,) = capsys.readouterr().err.splitlines()
     assert exit.value.code == 1
     assert "index.html: could not be written (No space left on device)" in line
-    assert "call again once it can be" in line
+    assert "once there is room" in line
     assert not (tmp_path / "out" / "index.html").exists()
 
 

@@ -108,10 +108,10 @@ def test_cifar_is_the_published_experiment_with_baselines(project, tiny):
     lines = commands(done.stdout)
     assert normal(lines[:3]) == normal(commands(published))
     check_baselines(lines[2], lines[3:5], "41 81")
-    rivals = [" ".join(line) for line in lines[5:]]
-    assert ["average 61 81" in line for line in rivals] == [True, *[False] * 5]
-    assert ["average 80 81" in line for line in rivals] == [False, True, *[False] * 4]
-    assert ["start mean" in line for line in rivals] == [*[False] * 2, *[True] * 3, False]
+    others = [" ".join(line) for line in lines[5:]]
+    assert ["average 61 81" in line for line in others] == [True, *[False] * 5]
+    assert ["average 80 81" in line for line in others] == [False, True, *[False] * 4]
+    assert ["start mean" in line for line in others] == [*[False] * 2, *[True] * 3, False]
     last = "--pretrained save_labelnoise0.2_resnet20/80.pt --start-epoch 80 --milestones 80 "
     assert f"{last}--epochs 120\n" in done.stdout
     assert reported(done.stdout) == [

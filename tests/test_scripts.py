@@ -385,7 +385,7 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refus
     assert "left as initialized: fc.bias, fc.weight" in capsys.readouterr().out
     options[-2] = str(tmp_path / "new")
     line = refused(train_sgd.main, [*options, "resnet18"])
-    assert "--pretrained: torchvision's weights are for resnet18 as it is there; name" in line
+    assert "--pretrained: torchvision's weights do not fit this resnet18; name" in line
 
 
 def test_half_computes_in_bfloat16_and_keeps_float32(batch):
