@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import check_config, check_file, fingerprint, sample_range, save
-from distributed import all_reduce, on_rank0, print0, same_everywhere, world_size
+from distributed import all_reduce, on_rank0, print0, world_size
 from errors import InputError, blame
 from names import BASES
 from network import check_fits, copy_into, load_weights
@@ -55,10 +55,17 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
         raise InputError(
             f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it"
         )
-    check_config(args, args.save_dir / "config.json")
+    config = args.save_dir / "config.json"
+    if on_rank0(config.exists):
+        on_rank0(lambda: check_config(args, config))
+    else:
+        print0(f"{config} is missing: its run's data, network and seed are not checked")
     if world_size() > 1:
         there = [number for number in sample_numbers(args.save_dir) if number in numbers]
-        if not same_everywhere(fingerprint([args.save_dir / f"{number}.pt" for number in there])):
+        digests = [""] * world_size()
+        files = [args.save_dir / f"{number}.pt" for number in there]
+        dist.all_gather_object(digests, fingerprint(files))
+        if len(set(digests)) > 1:
             raise InputError(
                 f"--save-dir {args.save_dir}: not the same samples for all processes; "
                 "allowed: a directory that all machines share"

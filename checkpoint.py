@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from distributed import on_rank0, print0, rank, restart_count, world_size
 from errors import InputError, blame
 from network import check_finite_values, check_fits
-from utils import PREPROCESSING, read_tensors, sample_numbers, size_text
+from utils import PREPROCESSING, read_tensors, size_text
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
 EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
@@ -140,15 +140,6 @@ def check_same(
             )
 
 
-def is_same_experiment(args: argparse.Namespace, file: Path) -> bool:
-    """True if a config.json is of this experiment, False without one, InputError for another's."""
-    if not file.exists():
-        return False
-    with blame(f"{file}: not readable", Exception):
-        check_same(args, json.loads(file.read_text())["arguments"], SHARED, file)
-    return True
-
-
 def recorded_options(file: Path) -> list[str]:
     """The options in a config.json that runs on its samples take unless the command gives them.
 
@@ -169,8 +160,8 @@ def recorded_options(file: Path) -> list[str]:
 
 def check_config(args: argparse.Namespace, file: Path) -> None:
     """InputError for options that contradict the config.json of the trajectory."""
-    if not on_rank0(lambda: is_same_experiment(args, file)):
-        print0(f"{file} is missing: its run's data, network and seed are not checked")
+    with blame(f"{file}: not readable", Exception):
+        check_same(args, json.loads(file.read_text())["arguments"], SHARED, file)
 
 
 def save_config(
@@ -236,13 +227,12 @@ def check_start(args: argparse.Namespace, directory: Path) -> None:
     def check() -> None:
         file = checkpoint_file(args, directory)
         if file:
-            with blame("--resume"):
+            with blame_checkpoint(file):
                 checkpoint = read_tensors(file, mmap=True)
-                with blame_checkpoint(file):
-                    by_steps = checkpoint["progress"].get("batches")
-                    by_steps = by_steps or getattr(args, "sample_every", None)
-                    kept = RESUMED + (MIDWAY if by_steps else ())
-                    check_same(args, checkpoint["arguments"], kept, file)
+                by_steps = checkpoint["progress"].get("batches")
+                by_steps = by_steps or getattr(args, "sample_every", None)
+                kept = RESUMED + (MIDWAY if by_steps else ())
+                check_same(args, checkpoint["arguments"], kept, file)
         if (directory / "lock").exists():
             with blame("--save-dir"), locked(directory):
                 pass
@@ -263,36 +253,28 @@ def read_checkpoint(
     file = checkpoint_file(args, directory)
     if not file:
         return None
-    with blame("--resume"):
+    with blame_checkpoint(file):
         checkpoint = read_tensors(file)
-        with blame_checkpoint(file):
-            check_checkpoint(args, checkpoint, model, source, file)
+        rows, progress = checkpoint["rows"], checkpoint["progress"]
+        check_fits(checkpoint["states"]["model"], model, file, args.arch)
+        check_finite_values(checkpoint["states"]["model"], model, file)
+        if source and checkpoint["basis"] != source:
+            raise ValueError(f"{file} was made from other samples; --overwrite it")
+        sums = [progress.get(name, 0) for name in ("batches", "seconds")]
+        sums += progress.get("totals", {}).values()
+        last = [row["epoch"] + row["test_acc"] for row in rows[-1:]]
+        if not all(map(math.isfinite, [*sums, *last])):
+            raise ValueError(f"{file}: its rows or its progress are not those of a run")
     return file, checkpoint
 
 
-def blame_checkpoint(file: Path) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def blame_checkpoint(file: Path) -> Iterator[None]:
     """Raise whatever a file with other contents leads to as an InputError that names it."""
     kinds = (KeyError, TypeError, AttributeError, RuntimeError, IndexError)
-    return blame(f"--resume: {file}: not a checkpoint.pt of these scripts", kinds)
-
-
-def check_checkpoint(
-    args: argparse.Namespace, checkpoint: dict, model: nn.Module, source: str | None, file: Path
-) -> None:  # fmt: skip
-    """ValueError for a checkpoint of another network or basis.
-
-    Contents of another type raise other exceptions.
-    """
-    rows, progress = checkpoint["rows"], checkpoint["progress"]
-    check_fits(checkpoint["states"]["model"], model, file, args.arch)
-    check_finite_values(checkpoint["states"]["model"], model, file)
-    if source and checkpoint["basis"] != source:
-        raise ValueError(f"{file} was made from other samples; --overwrite it")
-    sums = [progress.get(name, 0) for name in ("batches", "seconds")]
-    sums += progress.get("totals", {}).values()
-    last = [row["epoch"] + row["test_acc"] for row in rows[-1:]]
-    if not (rows or progress) or not all(map(math.isfinite, [*sums, *last])):
-        raise ValueError(f"{file}: its rows or its progress are not those of a run")
+    what = f"--resume: {file}: not a checkpoint.pt of these scripts"
+    with blame("--resume"), blame(what, kinds):
+        yield
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, file: Path) -> None:
@@ -366,48 +348,26 @@ def locked(directory: Path) -> Iterator[None]:
 def removable(args: argparse.Namespace, directory: Path) -> list[Path]:
     """The files of an earlier run, where they may be removed; InputError where not.
 
-    They may with --overwrite; where a run ended before its first checkpoint.pt was due; and with
-    --resume where a run of the same experiment has no checkpoint.pt.
+    They may with --overwrite, and where the run ended before its first checkpoint was due.
     """
     names = ("metrics.jsonl", "checkpoint.pt", "model.th")
     earlier = [directory / name for name in names]
     earlier += [file for file in directory.glob("*.pt") if file.stem.isdecimal()]
     earlier = [file for file in earlier if file.exists()]
     if earlier and not args.overwrite and not ended_early(directory):
-        resumed = args.resume is True or restart_count() > 0
-        if not resumed or not is_same_experiment(args, directory / "config.json"):
-            raise InputError(
-                f"--save-dir: {directory} holds a run; continue it with --resume, or --overwrite it"
-            )
-        if (directory / "model.th").exists() or epochs_recorded(directory) >= args.epochs:
-            raise InputError(
-                f"--resume: {directory} holds a finished run without a checkpoint.pt to continue "
-                "from; nothing was removed, --overwrite starts again"
-            )
+        raise InputError(
+            f"--save-dir: {directory} holds a run; --overwrite it, or continue it with --resume "
+            "where it has a checkpoint.pt"
+        )
     return earlier
 
 
 def ended_early(directory: Path) -> bool:
     """Whether a run ended before its first checkpoint was due, and none builds on its samples."""
-    later = [directory / "checkpoint.pt", directory / "model.th", *directory.glob("*/config.json")]
-    if any(file.exists() for file in later):
-        return False
-    with contextlib.suppress(Exception):  # whatever else config.json may be
-        config = json.loads((directory / "config.json").read_text())
-        start, every = (config["arguments"][name] for name in ("start_epoch", "save_every"))
-        numbers = sample_numbers(directory)
-        last = numbers[-1] if numbers else start
-        last = config["sample_epochs"][last] if "sample_epochs" in config else last
-        reached = max(last, epochs_recorded(directory), start)
-        return reached < config["arguments"]["epochs"] and reached // every == start // every
+    with contextlib.suppress(Exception):  # whatever else the file may be
+        begun = read_tensors(directory / "checkpoint.pt", mmap=True)
+        return not (begun["rows"] or begun["progress"] or any(directory.glob("*/config.json")))
     return False
-
-
-def epochs_recorded(directory: Path) -> int:
-    """The last epoch in metrics.jsonl; 0 where it tells of none."""
-    with contextlib.suppress(OSError, ValueError, IndexError, TypeError, KeyError):
-        return int(json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["epoch"])
-    return 0
 
 
 def check_disk(args: argparse.Namespace, model: nn.Module, numbers: range) -> None:

@@ -131,15 +131,6 @@ def on_rank0(function: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def same_everywhere(value: Any) -> bool:
-    """Whether all processes hold an equal `value`."""
-    values = [value]
-    if world_size() > 1:
-        values *= world_size()
-        dist.all_gather_object(values, value)
-    return all(other == values[0] for other in values)
-
-
 def in_turn(function: Callable[[], Any]) -> Any:
     """What `function` returns, called on rank 0 first, then on one process of each machine."""
     if world_size() == 1:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from basis import Basis, computed_from, save_basis
@@ -108,28 +107,15 @@ def evaluate(model: nn.Module, batches: Iterable, half: bool) -> dict[str, float
     return row | {f"test_{name}": 100 * (total / n) for name, total in sums.items()}
 
 
-@torch.no_grad()
-def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def recompute_statistics(model: nn.Module, batches: Iterable) -> None:
     """Set BatchNorm's running statistics to the mean of the statistics of all batches of images.
 
     Weights that were never trained through, such as averages, need that (Izmailov et al., UAI
-    2018, §3.2). torch's `update_bn` gives the same bits, with a host sync for each layer and batch.
+    2018, §3.2).
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-    model.train()
-    try:
-        # A compiled model would be compiled again for each momentum.
-        with torch.compiler.set_stance("force_eager"):
-            for count, images in enumerate(batches if layers else (), 1):
-                for layer in layers:
-                    layer.momentum = 1 / count
-                model(images)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+    # A compiled model would be compiled again for each factor.
+    with torch.compiler.set_stance("force_eager"):
+        torch.optim.swa_utils.update_bn(batches, model)
 
 
 def evaluate_only(args: argparse.Namespace, directory: Path) -> dict:
@@ -197,7 +183,6 @@ class Run:
         found = on_rank0(lambda: read_checkpoint(args, directory, model, self.source))
         if found:
             self.restore(*found)
-        self.fresh = not found
         self.epoch = self.rows[-1]["epoch"] if self.rows else args.start_epoch
         own = found is not None and is_own(found[0], directory)
         self.held = claim(args, directory, keep=own)
@@ -209,6 +194,8 @@ class Run:
                 directory / "basis.npz",
                 basis._replace(basis=basis.basis[:, :0]) if args.shard_basis else basis,
             )
+        if not own:  # what --resume starts from until the first is due
+            self.save_checkpoint()
         # A run that was killed may have written its checkpoint only.
         if self.rows and self.epoch >= args.epochs and not self.done and not self.has_results():
             self.save_results()
@@ -222,7 +209,7 @@ class Run:
     def restore(self, file: Path, checkpoint: dict) -> None:
         """Continue from a checkpoint that was read from `file`."""
         states, progress = checkpoint["states"], checkpoint["progress"]
-        with blame("--resume"), blame_checkpoint(file):
+        with blame_checkpoint(file):
             copy_into(self.model, states["model"])
             for name, part in list(self.states.items())[1:]:
                 load_optimizer(part, states.get(name), file)
@@ -363,10 +350,11 @@ class Run:
         cure = "a smaller --alpha" if getattr(args, "alpha", 0) else cure
         cure += " or no --half" if args.half else ""
         lr = f" at learning rate {self.lr():g}" if self.lr() else ""
-        last = f"--resume continues from {file}" if file.exists() else "there is no checkpoint yet"
         what = "loss is" if finite < self.done else "parameters are"
         where = f"epoch {self.epoch + 1}, step {min(finite + 1, self.done)}{lr}"
-        raise InputError(f"{where}: the {what} not finite; try {cure}; {last}", 1)
+        raise InputError(
+            f"{where}: the {what} not finite; try {cure}; --resume continues from {file}", 1
+        )
 
     def lr(self) -> float | None:
         """The current learning rate; P-BFGS has none."""

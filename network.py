@@ -93,17 +93,12 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
     print0(f"pretrained: {weights}; left as initialized: {left}")
 
 
-def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Shapes, and what else tensors have to share to be copied into each other."""
-    return {
-        name: (v.shape, v.layout, v.is_quantized, v.is_floating_point(), v.is_complex())
-        for name, v in state.items()
-    }
-
-
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
     """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
-    own, given = kinds(module.state_dict()), kinds(state)
+    own, given = (
+        {name: (v.shape, v.layout, v.is_floating_point()) for name, v in tensors.items()}
+        for tensors in (module.state_dict(), state)
+    )
     for name in own | given:
         if own.get(name) != given.get(name):
             raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")

@@ -8,6 +8,7 @@ With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the
 import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 
 from options import (
     Parser,
@@ -173,7 +174,7 @@ class Batch:
         for parameter in (self.subspace.coordinates, self.subspace.origin):
             if parameter.requires_grad:
                 all_mean(parameter.grad)
-        loss = add_up(losses)
+        loss = reduce(torch.add, losses)
         start = self.evaluate() if self.args.half else self.mean(loss)
         return loss, torch.cat(logits), start
 
@@ -182,19 +183,13 @@ class Batch:
         """The loss at the current z, the mean over all processes; it leaves no trace."""
         with frozen_buffers(self.subspace.model):
             # Never in bfloat16, whose error is of the order of the decrease sought.
-            return self.mean(add_up(loss for loss, _ in self.losses(half=False)))
+            return self.mean(reduce(torch.add, (loss for loss, _ in self.losses(half=False))))
 
     @torch.no_grad()
     def mean(self, loss: Tensor) -> Tensor:
         """A loss of this process averaged over all processes, with the L2 penalty."""
         loss = objective(loss, self.weight, self.args, self.subspace)
         return all_mean(loss.clone()) if world_size() > 1 else loss
-
-
-def add_up(losses: Iterable[Tensor]) -> Tensor:
-    """The sum of one or more losses."""
-    first, *others = losses
-    return sum(others, first)
 
 
 @torch.no_grad()

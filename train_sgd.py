@@ -67,7 +67,7 @@ from engine import (
     weighted,
 )
 from errors import InputError, blame
-from network import build_model, copy_into
+from network import build_model, check_finite_values, copy_into
 from utils import average, batch_sizes, load_data
 
 
@@ -103,13 +103,16 @@ def test_average(args: argparse.Namespace) -> dict:
     data = load_data(args)
     model = build_model(args, data)
     check_samples(args, samples, model)
+    with blame("--average"):
+        for sample in samples:
+            check_finite_values(sample, model, sample.file)
     copy_into(model, average(samples))
     with Run(args, directory, data, model) as run:
         if not run.rows:
             began = time.perf_counter()
-            recompute_statistics(model, (images for images, _ in data.train.epoch()))
+            recompute_statistics(model, run.until_signal(data.train.epoch()))
             row = {"epoch": 0, "seconds": time.perf_counter() - began}
-            run.record(row | evaluate(model, data.test.epoch(), args.half))
+            run.record(row | evaluate(model, run.until_signal(data.test.epoch()), args.half))
     row = run.rows[-1]
     print0(
         f"{run.directory}: average of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %"
@@ -142,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     check_disk(args, model, numbers)
 
     with Run(args, args.save_dir, data, model, optimizer) as run:
-        if run.fresh:
+        if run.step == args.start_epoch * steps:
             save_sample(args, model, numbers[0])
         for epoch in run.epochs():
             set_lr(optimizer, args, epoch)

@@ -5,7 +5,6 @@ import atexit
 import contextlib
 import math
 import multiprocessing
-import operator
 import os
 import re
 import signal
@@ -97,15 +96,6 @@ def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int)
     return corrupted
 
 
-def crop(padded: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Cut padded[which[i]] to size × size at (top[i], left[i]): (N, C, H, W) to (B, C, size, size).
-
-    One index into a view of all windows: a batch is one gather, wherever each image is cut.
-    """
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
-    return windows[which, :, top, left]
-
-
 def batch_sizes(n: int, size: int) -> list[int]:
     """The sizes of the batches of n images, over all processes.
 
@@ -151,19 +141,17 @@ class TensorLoader:
 
     def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches, from the `first`, of float32 images (B, 3, side, side) and labels (B,)."""
-        n = len(self)
-        which, top, left, flip = np.arange(n), *np.zeros((3, n), dtype=np.int64)
-        if self.seed is not None:
-            random = rng(self.seed, "epoch", epoch)
-            which = random.permutation(n)
-            top, left = random.integers(2 * self.padding + 1, size=(2, n))
-            flip = random.integers(2, size=n) * self.flip
+        n, random = len(self), rng(self.seed or 0, "epoch", epoch)
+        order = np.arange(n) if self.seed is None else random.permutation(n)
+        top, left = random.integers(2 * self.padding + 1, size=(2, n))
+        flip = random.integers(2, size=n) * self.flip
         # The epoch's one transfer to the device.
-        draws = torch.from_numpy(np.stack([which, which + n * flip, top, left]))
+        draws = torch.from_numpy(np.stack([order, order + n * flip, top, left]))
         draws = draws.to(self.labels.device)
-        for which, *where in local_batches(draws, self.batch_size)[first:]:
-            images = crop(self.images, *where, self.size)
-            images = images.to(torch.float32, memory_format=self.layout)
+        # One index into a view of all windows: a batch is one gather, wherever each image is cut.
+        windows = self.images.unfold(2, self.size, 1).unfold(3, self.size, 1)
+        for which, image, top, left in local_batches(draws, self.batch_size)[first:]:
+            images = windows[image, :, top, left].to(torch.float32, memory_format=self.layout)
             yield images.mul_(self.scale).add_(self.shift), self.labels[which]
 
 
@@ -701,21 +689,12 @@ def principal_axes(
     return broadcast(values), broadcast(vectors)
 
 
-def check_components(n_components: Any, most: int, samples: int) -> int | float:
-    """k as an int, or a fraction of the variance as a float; ValueError for anything else."""
-    with contextlib.suppress(TypeError):
-        k = operator.index(n_components)
-        if 0 < k <= most:
-            return k
-        raise ValueError(f"{k} of {samples} samples; allowed: at most {most}")
-    with contextlib.suppress(TypeError, ValueError):
-        if 0 < float(n_components) < 1 <= most:
-            return float(n_components)
-    if most < 1:
-        raise ValueError(f"{n_components} of {samples} samples; allowed: at most {most}")
-    raise ValueError(
-        f"{n_components!r}: allowed: a whole number from 1, or a fraction of the variance below 1"
-    )
+def check_components(n_components: int | float, most: int, samples: int) -> None:
+    """ValueError unless it is a k from 1 to `most`, or a fraction of the variance below 1."""
+    fits = n_components < 1 if isinstance(n_components, float) else n_components <= most
+    if most < 1 or n_components <= 0 or not fits:
+        allowed = f"at most {most}, or a fraction of the variance below 1"
+        raise ValueError(f"{n_components} of {samples} samples; allowed: {allowed}")
 
 
 def check_basis_memory(k: int, n: int, dtype: torch.dtype, device: str) -> None:
@@ -749,10 +728,11 @@ def pca(
     own = samples[0][names[0]].dtype
     own = own if own.is_floating_point else torch.float64
     n = sum(samples[0][name].numel() for name in names)
-    k = check_components(n_components, min(len(samples) - 1, n), len(samples))
+    k = n_components
+    check_components(k, min(len(samples) - 1, n), len(samples))
     first, last = local_columns(n)
     settings = (last - first if shard else n, dtype or own, device)
-    if isinstance(k, int):  # what memory cannot hold is refused before the work
+    if not isinstance(k, float):  # what memory cannot hold is refused before the work
         check_basis_memory(k, *settings)
 
     variances, vectors = principal_axes(samples, names, device)

@@ -72,16 +72,13 @@ class Subspace(nn.Module):
         super().__init__()
         real = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         parameters = {name: p for name, p in real.items() if p.requires_grad} or real
-        self._names = list(parameters)
-        self._shapes = [parameter.shape for parameter in parameters.values()]
-        self._sizes = [parameter.numel() for parameter in parameters.values()]
-        self._dtypes = [parameter.dtype for parameter in parameters.values()]
+        self._parts = [(name, p.shape, p.dtype) for name, p in parameters.items()]
         self._shard = shard and dist.is_initialized()
-        if basis.dim() != 2 or (not self._shard and basis.shape[1] != sum(self._sizes)):
-            raise ValueError(
-                f"the basis is {tuple(basis.shape)}, not (k, n) with n = {sum(self._sizes)}"
-            )
         origin = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+        if basis.dim() != 2 or (not self._shard and basis.shape[1] != len(origin)):
+            raise ValueError(
+                f"the basis is {tuple(basis.shape)}, not (k, n) with n = {len(origin)}"
+            )
         origin = origin.to(torch.promote_types(origin.dtype, torch.float32))
         self.model = model.requires_grad_(False)
         self.origin = nn.Parameter(origin, requires_grad=False)
@@ -103,9 +100,9 @@ class Subspace(nn.Module):
 
     def _named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         # One split, not a slice a parameter: its backward is one concatenation.
-        parts = vector.split(self._sizes)
-        own = zip(self._names, parts, self._shapes, self._dtypes, strict=True)
-        return {name: part.view(shape).to(dtype) for name, part, shape, dtype in own}
+        parts = vector.split([shape.numel() for _, shape, _ in self._parts])
+        pairs = zip(self._parts, parts, strict=True)
+        return {name: part.view(shape).to(dtype) for (name, shape, dtype), part in pairs}
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The network's output at θ(z)."""
@@ -116,17 +113,16 @@ class Subspace(nn.Module):
         """The state dict of the plain model at θ(z), a copy."""
         own = dict(self.model.named_parameters())
         of = {own[name]: value for name, value in self._named(self.vector()).items()}
-        # A parameter may have two names.
-        tied = dict(self.model.named_parameters(remove_duplicate=False))
-        state = self.model.state_dict()
-        state |= {name: of[parameter] for name, parameter in tied.items() if parameter in of}
-        return {name: value.detach().clone() for name, value in state.items()}
+        state = self.model.state_dict(keep_vars=True)  # the parameters, some under two names
+        return {name: of.get(value, value).detach().clone() for name, value in state.items()}
 
     def _apply(
         self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
         # What .to(device), .double() and the like call: P has to go along though it is no buffer.
         super()._apply(function, recurse)
+        own = self.model.get_parameter
+        self._parts = [(name, shape, own(name).dtype) for name, shape, _ in self._parts]
         moved = function(self.basis)
         self.basis = moved.bfloat16() if self.basis.dtype == torch.bfloat16 else moved
         return self

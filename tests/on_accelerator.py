@@ -244,6 +244,7 @@ def test_an_epoch_ends_with_five_syncs(places):
 
 def test_statistics_are_recomputed_without_a_sync(trajectory):
     model = models.build("resnet8", 10).to(NAME)
+    network.count_on_host(model)
     batches = [torch.randn(8, 3, 8, 8).to(NAME) for _ in range(3)]
     with recorded() as events:
         engine.recompute_statistics(model, batches)

@@ -156,6 +156,15 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)
 
 
+def test_an_average_names_a_sample_that_is_not_finite(copy, refused):
+    state = torch.load(copy / "4.pt")
+    state["conv1.weight"][0] = torch.nan
+    torch.save(state, copy / "4.pt")
+    line = refused(train_sgd.main, [*DIGITS, "--average", "3", "7", "--save-dir", copy])
+    assert "4.pt: conv1.weight is not finite" in line
+    assert not (copy / "average").exists()
+
+
 def test_baselines_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, capsys, undrawn):
     """Oracles: the sample itself, but for its statistics, and the epochs counted."""
     subspace = ["--params_end", "5", "--n_components", "2", "--save-dir", str(copy)]

@@ -33,18 +33,9 @@ def test_a_finished_run_is_not_removed_where_its_checkpoint_is_lost(lost, copy, 
         (copy / name).unlink()
     before = contents(copy)
     line = refused(train_sgd.main, [*DIGITS, "--epochs", "6", "--save-dir", copy, "--resume"])
-    assert "holds a finished run without a checkpoint.pt" in line
+    assert "continue it with --resume where it has a checkpoint.pt" in line
     assert "--overwrite" in line
     assert contents(copy) == before
-
-
-def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(copy):
-    for name in ("checkpoint.pt", "model.th"):
-        (copy / name).unlink()
-    rows = (copy / "metrics.jsonl").read_text().splitlines()
-    (copy / "metrics.jsonl").write_text(rows[0] + "\n")
-    row = train_sgd.main([*DIGITS, "--epochs", "6", "--save-dir", str(copy), "--resume"])
-    assert row["test_loss"] == json.loads(rows[-1])["test_loss"]
 
 
 def test_another_run_is_not_removed_by_the_average_of_its_name(copy, refused):

@@ -21,7 +21,7 @@ from torchvision.transforms import v2 as transforms
 import cli
 import utils
 from options import get_parser
-from utils import DATASETS, Split, TensorLoader, corrupt_labels, crop
+from utils import DATASETS, Split, TensorLoader, corrupt_labels
 
 
 def arguments(**options):
@@ -100,25 +100,6 @@ def test_corruption_depends_on_the_seed_but_not_on_the_first_epoch():
 
 
 # augmentation
-
-
-@given(
-    size=st.integers(2, 9),
-    padding=st.integers(0, 4),
-    batch=st.integers(1, 12),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=80, deadline=None)
-def test_crops_equal_slicing_each_image(size, padding, batch, seed):
-    random = np.random.default_rng(seed)
-    side = size + 2 * padding
-    padded = torch.from_numpy(random.integers(256, size=(5, 3, side, side), dtype=np.uint8))
-    which = torch.from_numpy(random.integers(5, size=batch))
-    top, left = torch.from_numpy(random.integers(2 * padding + 1, size=(2, batch)))
-    crops = crop(padded, which, top, left, size)
-    for i in range(batch):
-        rows, columns = slice(top[i], top[i] + size), slice(left[i], left[i] + size)
-        assert torch.equal(crops[i], padded[which[i], :, rows, columns])
 
 
 def test_mirrored_images_equal_flipping_each():

@@ -369,7 +369,7 @@ def test_a_checkpoint_that_is_a_weights_file(name, run, rejected):
 def test_a_checkpoint_of_another_basis(basis, run, rejected):
     edit(run / "psgd" / "checkpoint.pt", "basis", to=basis)
     line = rejected(*read_by("run/psgd/checkpoint.pt"))
-    assert "run/psgd/checkpoint.pt is of other samples" in line
+    assert "run/psgd/checkpoint.pt was made from other samples" in line
 
 
 @pytest.mark.parametrize(("one", "other"), [("", "psgd"), ("psgd", ""), ("pbfgs", "")])
@@ -433,14 +433,6 @@ def test_a_config_of_other_values(key, value, run, rejected):
     line = rejected(PSGD, "--overwrite", "--save-dir", run, *SAMPLES)
     assert f"--{key}: " in line
     assert "run/config.json" in line
-
-
-@pytest.mark.parametrize("name", ["a list", "torn"])
-def test_a_config_that_is_not_one_where_a_run_would_start_again(name, run, rejected):
-    (run / "checkpoint.pt").unlink()
-    (run / "config.json").write_bytes(CONFIGS[name])
-    line = rejected(SGD, "--resume", "--save-dir", run)
-    assert "run/config.json: not readable" in line
 
 
 METRICS = {
@@ -561,7 +553,8 @@ def test_a_streamed_file_that_is_no_image(folder, refused, tmp_path, monkeypatch
     options = [*DIGITS, *FOLDER, "--image-size", "80", "--workers", "0", "--epochs", "1"]
     assert "data/test/dog/1.png: not a readable image" in refused(SGD.main, options)
     left = {file.name for file in Path("new").iterdir()}
-    assert not left & {"metrics.jsonl", "checkpoint.pt", "model.th"}
+    assert not left & {"metrics.jsonl", "model.th"}
+    assert utils.read_tensors(Path("new/checkpoint.pt"))["rows"] == []
     image.write_bytes(whole)
     assert SGD.main([*options, "--resume"])["epoch"] == 1
 
@@ -669,7 +662,6 @@ EDITED_CHECKPOINTS = [
     (["progress"], [{"batches": 2, "seconds": "long"}]),
     (["progress"], [{"batches": 2, "totals": {"loss": float("nan")}}]),
     (["rows"], [None]),
-    (["rows"], [[]]),
     (["rows"], [3]),
     (["rows"], [["a", "b"]]),
     (["rows", -1, "epoch"], []),

@@ -134,6 +134,47 @@ def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
     assert differences(save_dir, unbroken[name]) == []
 
 
+def test_a_run_stopped_before_its_first_batch_resumes(tmp_path, unbroken, monkeypatch):
+    """A signal while the initialization is written."""
+    save_sample = train_sgd.save_sample
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_sample(*args)
+
+    argv = [*RUNS["sgd"][2], "--save-dir", str(tmp_path / "run"), "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(train_sgd, "save_sample", interrupted)
+        train_sgd.main(argv)
+    assert exit.value.code == 143
+    train_sgd.main(argv)
+    assert differences(tmp_path / "run", unbroken["sgd"]) == []
+
+
+def test_an_average_can_be_stopped_and_resumed(sampled, tmp_path, patch, monkeypatch):
+    """In the pass that recomputes BatchNorm's statistics, and in the test."""
+    argv = [*DIGITS, "--average", "3", "7", "--resume", "--save-dir"]
+    for name in ("whole", "run"):
+        shutil.copytree(sampled, tmp_path / name)
+    train_sgd.main([*argv, str(tmp_path / "whole")])
+    cross_entropy, recompute = engine.cross_entropy, engine.recompute_statistics
+
+    def interrupted(model, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        recompute(model, batches)
+
+    with pytest.raises(SystemExit) as exit, monkeypatch.context() as context:
+        context.setattr(train_sgd, "recompute_statistics", interrupted)
+        train_sgd.main([*argv, str(tmp_path / "run")])
+    assert exit.value.code == 130
+    interrupt(patch, 1)
+    with pytest.raises(SystemExit):
+        train_sgd.main([*argv, str(tmp_path / "run"), "--test-batch-size", "100"])
+    patch("cross_entropy", cross_entropy)
+    train_sgd.main([*argv, str(tmp_path / "run")])
+    assert differences(tmp_path / "run" / "average", tmp_path / "whole" / "average") == []
+
+
 def test_weights_of_half_an_epoch_are_no_result(sampled, tmp_path, patch):
     """Stopped in the fourth epoch, resumed to end after three. Oracle: the files before."""
     script, argv, save_dir = start("sgd", sampled, tmp_path)
@@ -156,7 +197,7 @@ def test_a_second_signal_ends_at_once(tmp_path, patch):
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-dir", str(tmp_path / "run")])
     assert exit.value.code == 143
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not utils.read_tensors(tmp_path / "run" / "checkpoint.pt")["progress"]
 
 
 def test_what_nohup_ignores_does_not_stop(tmp_path, patch):
@@ -376,7 +417,7 @@ def test_what_a_diverged_run_says(tmp_path, capsys):
         "epoch 1, step 2",
         "at learning rate 1e+30",
         "a smaller --lr",
-        "no checkpoint yet",
+        "--resume continues",
     ):
         assert part in line
 
@@ -500,11 +541,6 @@ def test_after_a_restart_a_run_resumes_from_its_own_checkpoint(
     assert f"{tmp_path / 'checkpoint.pt'}: 7 epochs are done" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, 9))
-    for file in ("checkpoint.pt", "metrics.jsonl", "model.th"):
-        (tmp_path / file).unlink()  # as if it had died before its first checkpoint
-    train_sgd.main([*argv, "--epochs", "8"])
-    again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["test_loss"] for row in again] == [row["test_loss"] for row in rows]
 
 
 def test_subspace_runs_do_not_hold_each_other_up(sampled, tmp_path):
@@ -529,9 +565,10 @@ def test_what_was_decided_is_in_the_config(sampled, tmp_path):
 
 
 def end_early(run: Path, epochs: int) -> None:
-    """Make a run of six epochs one that was killed after fewer, before its first checkpoint."""
-    for name in ("checkpoint.pt", "model.th"):
-        (run / name).unlink()
+    """Make a run of six epochs one that was killed after fewer, before a checkpoint was due."""
+    (run / "model.th").unlink()
+    begun = utils.read_tensors(run / "checkpoint.pt") | {"rows": []}
+    torch.save(begun, run / "checkpoint.pt")
     for number in range(epochs + 1, 7):
         (run / f"{number}.pt").unlink()
     rows = (run / "metrics.jsonl").read_text().splitlines()[:epochs]
@@ -558,21 +595,17 @@ def test_a_run_that_was_killed_early_can_be_started_again(epochs, copy):
 
 
 KEPT = {
-    "its checkpoint": lambda run: (run / "checkpoint.pt").write_text(""),
-    "its results": lambda run: (run / "model.th").write_text(""),
+    "a broken checkpoint": lambda run: (run / "checkpoint.pt").write_text(""),
+    "half an epoch": lambda run: add_progress(run / "checkpoint.pt"),
     "a run on its samples": lambda run: shutil.copytree(
         run, run / "psgd", ignore=shutil.ignore_patterns("*.pt")
     ),
-    "more than its first checkpoint": lambda run: edit_arguments(run, save_every=2),
-    "all its epochs": lambda run: edit_arguments(run, epochs=3),
-    "samples of unknown origin": lambda run: (run / "config.json").unlink(),
+    "samples of unknown origin": lambda run: (run / "checkpoint.pt").unlink(),
 }
 
 
-def edit_arguments(run: Path, **arguments) -> None:
-    config = json.loads((run / "config.json").read_text())
-    config["arguments"] |= arguments
-    (run / "config.json").write_text(json.dumps(config))
+def add_progress(file: Path) -> None:
+    torch.save(utils.read_tensors(file) | {"progress": {"batches": 3}}, file)
 
 
 @pytest.mark.parametrize("name", KEPT)

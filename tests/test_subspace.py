@@ -50,6 +50,19 @@ def test_export_is_the_plain_network_at_theta(tiny, batch, orthonormal):
     assert subspace.export()["0.weight"].any(), "the export is a copy"
 
 
+def test_a_subspace_is_converted_as_any_module_is(orthonormal):
+    """Oracle: the network converted first."""
+    torch.manual_seed(0)
+    network, basis = torch.nn.Linear(4, 3), orthonormal(2, 15)
+    images, plain = torch.randn(5, 4, dtype=torch.float64), copy.deepcopy(network).double()
+    gradients = []
+    for subspace in (Subspace(network, basis.float()).double(), Subspace(plain, basis)):
+        subspace(images).square().sum().backward()
+        assert subspace.export()["weight"].dtype == torch.float64
+        gradients.append(subspace.coordinates.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
 def test_export_has_both_names_of_tied_parameters(orthonormal):
     """Oracle: the network that the state dict is loaded into, tied or not."""
 
