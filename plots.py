@@ -89,6 +89,16 @@ def set_scale(axis: Axis, scale: str) -> None:
     axis.set_major_formatter("{x:g}")
 
 
+def add_legend(figure: Figure, handles: Sequence, names: Sequence[str], **settings: str) -> None:
+    """A legend above the axes, in as many columns, up to three, as fit beside each other."""
+    for columns in (3, 2, 1):
+        settings |= {"loc": "outside upper center", "ncols": columns}
+        legend = figure.legend(handles, names, **settings)
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            return
+        legend.remove()
+
+
 class Curve(NamedTuple):
     """The metrics of a method: E epochs, S seeds."""
 
@@ -115,7 +125,7 @@ def curves(shown: Sequence[Curve], metrics: Sequence[str], looks: Looks) -> Figu
     grid[1, 0].set_xlabel("total epochs, sampling included")
     grid[1, 1].set_xlabel("seconds of training, sampling included")
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    add_legend(figure, *grid[0, 0].get_legend_handles_labels())
     return figure
 
 
@@ -168,7 +178,7 @@ def landscape(
     title = f"This plane explains {sum(ratios):.1%} of the samples' variance.\n"
     title += "Paths outside it, such as those in other subspaces, are projected onto it."
     axes.set_title(title, fontsize=10)
-    figure.legend(loc="outside upper center", ncols=2, title="paths (large marker: the end)")
+    add_legend(figure, *axes.get_legend_handles_labels(), title="paths (large marker: the end)")
     return figure
 
 
@@ -192,5 +202,5 @@ def against(
             artist.set_transform(beside)
     axes.set(xlabel=setting, ylabel="final test accuracy (%, logit scale)")
     axes.grid(which="both", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=2)
+    add_legend(figure, *axes.get_legend_handles_labels())
     return figure

@@ -114,9 +114,8 @@ def test_average(args: argparse.Namespace) -> dict:
             row = {"epoch": 0, "seconds": time.perf_counter() - began}
             run.record(row | evaluate(model, run.until_signal(data.test.epoch()), args.half))
     row = run.rows[-1]
-    print0(
-        f"{run.directory}: average of {len(samples)} samples, test accuracy {row['test_acc']:.2f} %"
-    )
+    text = f"{len(samples)} sample{'s' * (len(samples) > 1)}"
+    print0(f"{run.directory}: average of {text}, test accuracy {row['test_acc']:.2f} %")
     return row
 
 

@@ -694,3 +694,15 @@ def test_any_accuracy_can_be_drawn(accuracy):
     figure = plots.against("k", series, plots.looks(series), "log")
     assert plots.image(figure, "png").startswith(b"\x89PNG")
     assert b"</svg>" in plots.image(figure, "svg")
+
+
+@pytest.mark.parametrize("letters", [3, 30, 60])
+def test_a_legend_is_not_wider_than_its_figure(letters):
+    """Oracle: its extent as matplotlib lays it out; with short names it is lower than long."""
+    series = {f"{method} {letters * 'x'}": {1: [50.0]} for method in "ABCDEF"}
+    figure = plots.against("k", series, plots.looks(series))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 6
+    assert legend.get_window_extent().width < figure.bbox.width
+    assert (legend.get_window_extent().height < 0.15 * figure.bbox.height) == (letters < 60)
