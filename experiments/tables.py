@@ -16,13 +16,15 @@ HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 METHODS = {  # rows of the first page, and what results.py calls them
     "SGD": r"SGD",
-    "SGD at epoch T": r"SGD at epoch \d+",
-    "weight average": r"weight average \(samples \d+–\d+\)",
+    "SGD at epoch T": r"SGD( at epoch \d+)?",
+    "SGD, from sample T": r"SGD, from sample \d+",
+    "weight average": r"weight average \(samples (\d+)–(\d+)\)",
     "P-BFGS": r"P-BFGS(, BN update)?",
     "P-SGD": r"P-SGD(, BN update)?",
     "P-SGD, random basis": r"P-SGD, random basis(, BN update)?",
 }
-SHOWN = {"digits-full": ("digits", (0.0, 0.4, 0.8))}  # what the first page calls the data, c
+# What the first page calls the data, and the levels of noise there.
+SHOWN = {"cifar": ("CIFAR-10", (0.0, 0.4)), "digits-full": ("digits", (0.0, 0.4, 0.8))}
 TIMED = ("digits-full",)  # the others shared the machine
 
 
@@ -31,15 +33,26 @@ def measured(experiment: str) -> dict:
     return json.loads((HERE / f"{experiment}.json").read_text())
 
 
+def is_of_later_half(method: str) -> bool:
+    """Whether a method is the average of the later half of its samples."""
+    found = re.fullmatch(METHODS["weight average"], method)
+    return bool(found) and int(found[1]) == int(found[2]) // 2 + 1
+
+
 def of_methods(experiment: str, noise: float) -> dict[str, dict]:
     """The row of each of METHODS that an experiment has, without variations."""
     found: dict[str, dict] = {}
     rows = [row for row in measured(experiment)["results"] if row["noise"] == noise]
-    (average,) = (row for row in rows if re.fullmatch(METHODS["weight average"], row["method"]))
+    averages = [row for row in rows if is_of_later_half(row["method"])]
+    average = max(averages, key=lambda row: row["total epochs"])  # the others have fewer samples
     for name, method in METHODS.items():
         own = [row for row in rows if re.fullmatch(method, row["method"])]
-        if name == "SGD at epoch T":  # of the samples of that average, not of other runs'
+        if name == "SGD":
+            own = [row for row in own if row["total epochs"] > average["total epochs"]]
+        elif name == "SGD at epoch T":
             own = [row for row in own if row["total epochs"] == average["total epochs"]]
+        elif name == "weight average":
+            own = [average]
         if len(own) > 1:
             raise ValueError(f"{experiment}.json: several rows of {name}")
         if own:
@@ -64,13 +77,15 @@ def main_table() -> str:
 
 
 def experiment_tables(name: str) -> str:
-    """All tables of an experiment, and on what they were measured."""
+    """The tables of an experiment, without times and costs unless it is TIMED; the machine."""
     content = measured(name)
     text = f"\n{results.machine_text(content['machine'])}\n"
     for section in results.sections(content["results"]).values():
-        for row in section["results"] + section["cost"] if name not in TIMED else ():
-            del row["seconds"]
-        text += f"\n#{results.section_text(section)}"
+        if name in TIMED:
+            text += f"\n#{results.section_text(section)}"
+        else:
+            table = [{k: v for k, v in row.items() if k != "seconds"} for row in section["results"]]
+            text += f"\n### {section['title']}\n\n{results.markdown(table)}"
     return text + "\n"
 
 

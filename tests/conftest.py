@@ -68,6 +68,11 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="how often to kill the chain of runs")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: some tests wait for processes that they have started."""
+    return os.cpu_count() + 1
+
+
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: begun last, they would leave the other cores idle."""
     longest = ("test_scale", "test_scripts", "test_robust", "test_run_sh", "test_accelerator")
