@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,7 +48,7 @@ def in_processes(processes: int, work: Callable, *arguments: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # One process imports torch and the scripts, and is forked from then on.
-    get_context("forkserver").set_forkserver_preload(["conftest"])
+    multiprocessing.set_forkserver_preload(["conftest"])
     given = (processes, port, work, arguments)
     multiprocessing.start_processes(one_process, given, processes, start_method="forkserver")
 
