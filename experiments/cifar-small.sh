@@ -5,6 +5,6 @@ seeds=${seed:-1 2} noises=${c:-0 0.4}
 for seed in $seeds; do
     for c in $noises; do
         chain
-        baselines 30 21 30
+        baselines 30 26 30
     done
 done
