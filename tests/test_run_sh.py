@@ -220,14 +220,14 @@ def test_imagenet_is_the_published_experiment(project, tiny):
 def test_tiny_imagenet_has_the_published_schedule_of_cifar_100(project, tiny):
     done = run(project, "tiny-imagenet", data_dir="/data", PYTHONPATH=tiny)
     lines = commands(done.stdout)
-    check_baselines(lines[2], lines[3:5], "16 31")
+    check_baselines(lines[2], lines[3:5], "9 17")
     for line in [" ".join(command) for command in lines]:
         for part in ("datasets ImageFolder", "arch resnet32", "data-dir /data"):
             assert part in line
     milestones = " ".join(map(str, train_sgd.MILESTONES["CIFAR100"]))
     assert {"lr 0.1", f"milestones {milestones}"} <= set(lines[0])
-    last = "save_labelnoise0_resnet32_ImageFolder/30.pt --start-epoch 30 --milestones 30"
-    assert f"{last} --epochs 40\n" in done.stdout
+    last = "save_labelnoise0_resnet32_ImageFolder/16.pt --start-epoch 16 --milestones 16"
+    assert f"{last} --epochs 24\n" in done.stdout
 
 
 def test_finetune_imagenet_has_samples_enough(project, tiny):
