@@ -21,7 +21,8 @@ from checkpoint import EXPERIMENT, PREPROCESSING, fingerprint
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
 SETTINGS += ("image_size", *PREPROCESSING)
-ACCURACIES = ("final", "best", "train", "correct labels", "wrong labels")
+FITS = ("train", "correct labels", "wrong labels")
+ACCURACIES = ("final", "top-5", "best", *FITS)
 COST = (
     "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "
     "reach it; compare only methods that do so with equally many seeds."
@@ -311,9 +312,10 @@ def tabulate(results: Sequence[Result]) -> list[dict]:
         row |= {"epochs": epochs, "total epochs": total}
         row["seeds"] = [result.seed for result in seeds]
         row["final"] = [result.final for result in seeds]
+        row["top-5"] = [result.rows[-1].get("test_top5") for result in seeds]
         row["best"] = [max(row["test_acc"] for row in result.rows) for result in seeds]
         fits = zip(*(result.fits for result in seeds), strict=True)
-        row |= zip(ACCURACIES[2:], map(list, fits), strict=True)
+        row |= zip(FITS, map(list, fits), strict=True)
         row["variance"] = [result.variance for result in seeds]
         row["seconds"] = [result.seconds(len(result.rows)) for result in seeds]
         row["cost"] = [cost(result, result.trajectory.final) for result in seeds]
@@ -334,7 +336,7 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
 
 def results_table(rows: Sequence[dict]) -> list[dict]:
     """The table of an experiment: what stands in each column of a row."""
-    shown = ACCURACIES if rows[0]["noise"] else ACCURACIES[:3]
+    shown = ACCURACIES if rows[0]["noise"] else ACCURACIES[:-2]
     shown = [name for name in ("variance", *shown) if any(known(row.get(name)) for row in rows)]
     most, table = max(len(row["seeds"]) for row in rows), []
     for row in rows:

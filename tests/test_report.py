@@ -117,6 +117,20 @@ def test_compilation_in_a_first_epoch_does_not_count(runs, warned, tmp_path):
     assert row_of(table, "P-SGD")["seconds"] == [12]
 
 
+def test_top_5_accuracy_is_a_column_where_it_was_measured(runs, warned, tmp_path):
+    """Oracle: metrics.jsonl."""
+    run = shutil.copytree(runs / "one", tmp_path / "run")
+    for file in run.rglob("metrics.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row | {"test_top5": 60 + row["epoch"]} for row in rows]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    table, _ = warned(run)
+    (section,) = results.sections(table).values()
+    found = {row["method"]: row["top-5"] for row in section["results"]}
+    assert (found["SGD"], found["P-SGD"]) == ("66.00", "62.00")
+    assert list(section["results"][0])[-4:] == ["final", "top-5", "best", "seconds"]
+
+
 def test_cost_is_what_it_takes_to_be_as_good_as_sgd_at_its_end(made):
     """Seed 2, made up: SGD ends at 56 % after 6 epochs, nothing in its subspaces gets there."""
     _, table = made
