@@ -22,7 +22,6 @@ SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optim
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
 SETTINGS += ("image_size", *PREPROCESSING)
 FITS = ("train", "correct labels", "wrong labels")
-ACCURACIES = ("final", "top-5", "best", *FITS)
 COST = (
     "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "
     "reach it; compare only methods that do so with equally many seeds."
@@ -336,8 +335,12 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
 
 def results_table(rows: Sequence[dict]) -> list[dict]:
     """The table of an experiment: what stands in each column of a row."""
-    shown = ACCURACIES if rows[0]["noise"] else ACCURACIES[:-2]
-    shown = [name for name in ("variance", *shown) if any(known(row.get(name)) for row in rows)]
+    fits = FITS if rows[0]["noise"] else FITS[:1]  # without noise all labels are correct
+    shown = [
+        name
+        for name in ("variance", "final", "top-5", "best", *fits)
+        if any(known(row.get(name)) for row in rows)
+    ]
     most, table = max(len(row["seeds"]) for row in rows), []
     for row in rows:
         seeds = len(row["seeds"])

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 METHODS = {  # rows of the first page, and what results.py calls them
     "SGD": r"SGD",
-    "SGD at epoch T": r"SGD( at epoch \d+)?",
+    "SGD at epoch T": r"SGD at epoch \d+",
     "SGD, from sample T": r"SGD, from sample \d+",
     "weight average": r"weight average \(samples (\d+)–(\d+)\)",
     "P-BFGS": r"P-BFGS(, BN update)?",
@@ -47,9 +47,7 @@ def of_methods(experiment: str, noise: float) -> dict[str, dict]:
     average = max(averages, key=lambda row: row["total epochs"])  # the others have fewer samples
     for name, method in METHODS.items():
         own = [row for row in rows if re.fullmatch(method, row["method"])]
-        if name == "SGD":
-            own = [row for row in own if row["total epochs"] > average["total epochs"]]
-        elif name == "SGD at epoch T":
+        if name == "SGD at epoch T":  # of the samples of that average, not of other runs'
             own = [row for row in own if row["total epochs"] == average["total epochs"]]
         elif name == "weight average":
             own = [average]
