@@ -141,7 +141,7 @@ def pictures_of(
     yield Picture(f"{name}_curves", caption, figure)
 
     trajectory = probe.trajectory if probe else runs[0].trajectory
-    own = [result for result in runs if result.trajectory is trajectory]
+    own = [r for r in runs if r.trajectory.directory == trajectory.directory]
     seed = f" (seed {trajectory.seed})" if several else ""
     with noting(problems, f"{trajectory.directory}: principal components and landscape"):
         samples = analysis.samples_of(own)

@@ -88,8 +88,8 @@ def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None
     save(args.save_dir / f"{number}.pt", model.state_dict())
 
 
-def test_average(args: argparse.Namespace) -> dict:
-    """Test the weight average of samples, and save it in a folder of their directory."""
+def test_average(args: argparse.Namespace, directory: Path) -> dict:
+    """Test the weight average of samples, and save it in the directory."""
     if isinstance(args.resume, Path):
         raise InputError("--resume: not with --average and a PATH; allowed: without one")
     numbers = range(*args.average)
@@ -98,7 +98,6 @@ def test_average(args: argparse.Namespace) -> dict:
     with blame("--average"):
         samples = load_trajectory(args, numbers)
     args.epochs = args.start_epoch = 0
-    directory = args.save_dir / (args.run or "average")
     check_start(args, directory)
     data = load_data(args)
     model = build_model(args, data)
@@ -129,11 +128,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
     if args.run and not args.average:
         raise InputError("--run: only with --average; allowed: --save-dir, which names the run")
+    directory = args.save_dir / (args.run or "average") if args.average else args.save_dir
     if args.evaluate:
-        return evaluate_only(args, args.save_dir)
+        return evaluate_only(args, directory)
     if args.average:
-        return test_average(args)
-    check_start(args, args.save_dir)
+        return test_average(args, directory)
+    check_start(args, directory)
     data = load_data(args)
     model = build_model(args, data)
     optimizer = make_optimizer(args, model)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     numbers = range(args.start_epoch * steps // every, args.epochs * steps // every + 1)
     check_disk(args, model, numbers)
 
-    with Run(args, args.save_dir, data, model, optimizer) as run:
+    with Run(args, directory, data, model, optimizer) as run:
         if run.step == args.start_epoch * steps:
             save_sample(args, model, numbers[0])
         for epoch in run.epochs():

@@ -12,6 +12,7 @@ from conftest import DIGITS
 import cli
 import engine
 import models
+import plots
 import report
 import results
 import train_pbfgs
@@ -165,8 +166,12 @@ def test_an_average_names_a_sample_that_is_not_finite(copy, refused):
     assert not (copy / "average").exists()
 
 
-def test_baselines_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, capsys, undrawn):
+def test_baselines_from_a_sample_on_belong_to_its_trajectory(
+    copy, tmp_path, capsys, undrawn, monkeypatch
+):
     """Oracles: the sample itself, but for its statistics, and the epochs counted."""
+    drawn = {}
+    monkeypatch.setattr(plots, "landscape", lambda paths, **others: drawn.update(paths))
     subspace = ["--params_end", "5", "--n_components", "2", "--save-dir", str(copy)]
     train_psgd.main([*SUBSPACE, *subspace])
     options = ["--average", "4", "5", "--run", "last", "--save-dir", str(copy)]
@@ -179,10 +184,11 @@ def test_baselines_from_a_sample_on_are_rows_of_its_trajectory(copy, tmp_path, c
     further = ["--pretrained", str(copy / "4.pt"), "--start-epoch", "4", "--milestones", "4"]
     train_sgd.main([*DIGITS, *further, "--epochs", "7", "--save-dir", str(tmp_path / "further")])
     capsys.readouterr()
-    command = [str(copy), str(tmp_path / "further"), "--no-data", "--out", str(copy / "report")]
+    command = [str(copy), str(tmp_path / "further"), "--out", str(copy / "report")]
     table = {row["method"]: row for row in report.main(command)}
     titles = {"SGD", "SGD at epoch 4", "SGD, from sample 4", "P-SGD", "weight average (sample 4)"}
     assert table.keys() == titles
+    assert drawn["SGD, from sample 4"][0].tolist() == drawn["SGD"][4].tolist()
     runs = results.read([copy, tmp_path / "further"], [])
     spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in report.curves(runs)}
     assert spans.pop("weight average (sample 4)")[1] == 4

@@ -317,11 +317,17 @@ def test_published_defaults_of_the_subspace_scripts():
 
 
 def test_evaluate_tests_what_was_trained_and_writes_nothing(copy):
+    average = ["--average", "2", "4", "--run", "last"]
+    train_sgd.main([*DIGITS, *average, "--save-dir", str(copy)])
     train_psgd.main([*SUBSPACE, "--epochs", "2", "--save-dir", str(copy)])
     before = sorted((file, file.stat().st_mtime_ns) for file in copy.rglob("*"))
-    for script, directory in ((train_sgd, copy), (train_psgd, copy / "psgd")):
+    for script, directory, options in (
+        (train_sgd, copy, []),
+        (train_sgd, copy / "last", average),
+        (train_psgd, copy / "psgd", []),
+    ):
         last = rows(directory)[-1]
-        own = script.main([*DIGITS, "--evaluate", "--save-dir", str(copy)])
+        own = script.main([*DIGITS, *options, "--evaluate", "--save-dir", str(copy)])
         assert own == {name: last[name] for name in ("test_loss", "test_acc")}
     weights = str(copy / "psgd" / "model.th")
     for option in ("--pretrained", "--resume"):
