@@ -30,7 +30,8 @@ settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifa
   model              network: resnet20 (imagenet and finetune-imagenet: resnet18, tiny-imagenet: resnet32)
   datasets           cifar*, finetune: CIFAR10, or CIFAR100, ImageFolder
   data_dir           where the images are, or are downloaded to: ../data
-  options            more options for all scripts, as in options="--half --compile"
+  options            more options for all scripts, as in options="--threads 1"
+                     (cifar-small and finetune have: --half --compile, which these replace)
 
 Each experiment is a file, experiments/NAME.sh. An interrupted one resumes when it is called again;
 it ends with a table, and a page with pictures in report/NAME. bench measures times and memory, lint

@@ -1,9 +1,9 @@
-"""torchvision's networks for images of 32 pixels: fewer halvings at the start, the rest as it is.
+"""torchvision's networks for images of 32 pixels, with fewer halvings.
 
 VGG (Simonyan and Zisserman, ICLR 2015), GoogLeNet (Szegedy et al., CVPR 2015), Inception-v3
 (Szegedy et al., CVPR 2016), ResNet (He et al., CVPR 2016), DenseNet (Huang et al., CVPR 2017),
 MobileNetV2 (Sandler et al., CVPR 2018), ShuffleNet V2 (Ma et al., ECCV 2018), EfficientNet (Tan and
-Le, ICML 2019). Each is torchvision's, with its stem replaced or its stride taken away.
+Le, ICML 2019). Each is torchvision's but for its stem, its strides, and what its function says.
 """
 
 from collections.abc import Sequence
