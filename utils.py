@@ -164,7 +164,9 @@ class FileLoader:
     ) -> None:  # fmt: skip
         self.files, self.labels, self.batch_size = split.images, split.labels, batch_size
         self.device, self.seed, self.layout = device, seed, layout
-        self.workers = min(workers, os.cpu_count() or 1)
+        # A scheduler may allow fewer cores than there are; macOS cannot tell.
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        self.workers = min(workers, len(allowed) or os.cpu_count() or 1)
         if self.workers:
             atexit.register(kill_workers)
         cut = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]  # 256 for 224
