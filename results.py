@@ -74,7 +74,8 @@ class Result:
         self.final = self.rows[-1]["test_acc"]
         self.name = (self.arguments.get("run") or "") if self.kind == "subspace" else ""
         done = self.rows[-1]["epoch"]
-        last = self.config.get("sessions", [self.config])[-1]["arguments"]["epochs"]
+        self.sessions = self.config.get("sessions", [self.config])  # one for each start
+        last = self.sessions[-1]["arguments"]["epochs"]
         self.finished = self.kind == "partial" or not 0 < done < last
         self.title = self.method + (f" ({self.name})" if self.name else "")
         self.title += "" if self.finished else f", {done} of {last} epochs so far"
@@ -381,8 +382,9 @@ def section_text(section: Mapping[str, Any]) -> str:
 
 def machine(results: Sequence[Result]) -> dict[str, list]:
     """Where the runs were made, and with what: each value that occurs."""
-    facts = {name: [r.config[name] for r in results] for name in ("device", "threads", "commit")}
-    versions = [r.config["versions"].items() for r in results]
+    sessions = [session for result in results for session in result.sessions]
+    facts = {name: [s[name] for s in sessions] for name in ("device", "threads", "commit")}
+    versions = [s["versions"].items() for s in sessions]
     facts["versions"] = [", ".join(map(" ".join, items)) for items in versions]
     return {name: list(dict.fromkeys(values)) for name, values in facts.items()}
 

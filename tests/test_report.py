@@ -367,6 +367,18 @@ def test_deviations_are_told_where_there_are_several_seeds(made, runs, tmp_path)
         assert "bands" not in text
 
 
+def test_all_machines_that_a_run_was_continued_on_are_named(runs, undrawn, tmp_path):
+    run = shutil.copytree(runs / "one", tmp_path / "run")
+    config = json.loads((run / "psgd" / "config.json").read_text())
+    versions = config["versions"] | {"torch": "a later one"}
+    config["sessions"].append(config["sessions"][0] | {"device": "another", "versions": versions})
+    (run / "psgd" / "config.json").write_text(json.dumps(config))
+    report.main([str(run), "--no-data", "--out", str(tmp_path / "out")])
+    named = json.loads((tmp_path / "out" / "results.json").read_text())["machine"]
+    assert named["device"] == [config["device"], "another"]
+    assert [" torch a later one," in f" {each}" for each in named["versions"]] == [False, True]
+
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
