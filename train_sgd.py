@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from options import (
+from training.options import (
     Parser,
     add_schedule_options,
     answer_early,
@@ -29,7 +29,7 @@ USUAL_MILESTONES = [100, 150]
 
 def get_options() -> Parser:
     """The command line."""
-    parser = get_parser(__doc__.splitlines()[0], "resnet20", epochs=200, weight_decay=1e-4)
+    parser = get_parser("sgd", __doc__.splitlines()[0], "resnet20", epochs=200, weight_decay=1e-4)
     rates = "learning rate (default: 0.1, with adam and adamw 0.001)"
     usual = " (default: 100 150, on CIFAR100 150, on ImageNet every 30)"
     add_schedule_options(parser, None, rates, None, usual)
@@ -53,22 +53,17 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from basis import check_samples, load_trajectory
-from checkpoint import check_disk, check_start, save
-from cli import entry_point, parse_args
-from distributed import average_buffers, data_parallel, print0
-from engine import (
-    Run,
-    cross_entropy,
-    evaluate,
-    evaluate_only,
-    recompute_statistics,
-    set_lr,
-    weighted,
-)
-from errors import InputError, blame
-from network import build_model, check_finite_values, copy_into
-from utils import average, batch_sizes, load_data
+from dldr.distributed import print0
+from dldr.parameters import average
+from training.distributed import average_buffers, data_parallel
+from training.errors import InputError, blame, entry_point
+from training.files import check_disk, save
+from training.losses import evaluate, recompute_statistics
+from training.network import build_model, copy_into
+from training.run import Run, evaluate_only, set_lr
+from training.setup import parse_args
+from training.subspaces import check_samples, load_trajectory
+from utils import batch_sizes, load_data
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -88,8 +83,8 @@ def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None
     save(args.save_dir / f"{number}.pt", model.state_dict())
 
 
-def test_average(args: argparse.Namespace, directory: Path) -> dict:
-    """Test the weight average of samples, and save it in the directory."""
+def test_average(args: argparse.Namespace) -> dict:
+    """Test the weight average of samples, and save it in the run's directory."""
     if isinstance(args.resume, Path):
         raise InputError("--resume: not with --average and a PATH; allowed: without one")
     numbers = range(*args.average)
@@ -98,23 +93,21 @@ def test_average(args: argparse.Namespace, directory: Path) -> dict:
     with blame("--average"):
         samples = load_trajectory(args, numbers)
     args.epochs = args.start_epoch = 0
-    check_start(args, directory)
-    data = load_data(args)
-    model = build_model(args, data)
-    check_samples(args, samples, model)
-    with blame("--average"):
-        for sample in samples:
-            check_finite_values(sample, model, sample.file)
-    copy_into(model, average(samples))
-    with Run(args, directory, data, model) as run:
+    with Run(args) as run:
+        with blame():
+            data = load_data(args)
+        model = build_model(args, data)
+        check_samples(args, samples, model)
+        copy_into(model, average(samples))
+        run.start(data, model)
         if not run.rows:
             began = time.perf_counter()
-            recompute_statistics(model, run.until_signal(data.train.epoch()))
+            recompute_statistics(model, run.signals.until(data.train.epoch()))
             row = {"epoch": 0, "seconds": time.perf_counter() - began}
-            run.record(row | evaluate(model, run.until_signal(data.test.epoch()), args.half))
+            run.record(row | evaluate(model, run.signals.until(data.test.epoch()), args.half))
     row = run.rows[-1]
-    text = f"{len(samples)} sample{'s' * (len(samples) > 1)}"
-    print0(f"{run.directory}: average of {text}, test accuracy {row['test_acc']:.2f} %")
+    print0(f"{args.directory}: average of samples {numbers[0]}–{numbers[-1]}, "
+           f"test accuracy {row['test_acc']:.2f} %")  # fmt: skip
     return row
 
 
@@ -128,32 +121,31 @@ def main(argv: Sequence[str] | None = None) -> dict:
         args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
     if args.run and not args.average:
         raise InputError("--run: only with --average; allowed: --save-dir, which names the run")
-    directory = args.save_dir / (args.run or "average") if args.average else args.save_dir
     if args.evaluate:
-        return evaluate_only(args, directory)
+        return evaluate_only(args)
     if args.average:
-        return test_average(args, directory)
-    check_start(args, directory)
-    data = load_data(args)
-    model = build_model(args, data)
-    optimizer = make_optimizer(args, model)
-    network = data_parallel(model)
-    steps = len(batch_sizes(len(data.train), args.batch_size))
-    every = args.sample_every or steps
-    numbers = range(args.start_epoch * steps // every, args.epochs * steps // every + 1)
-    check_disk(args, model, numbers)
+        return test_average(args)
+    with Run(args) as run:
+        with blame():
+            data = load_data(args)
+        model = build_model(args, data)
+        optimizer = make_optimizer(args, model)
+        network = data_parallel(model)
+        steps = len(batch_sizes(len(data.train), args.batch_size))
+        every = args.sample_every or steps
+        numbers = range(args.start_epoch * steps // every, args.epochs * steps // every + 1)
+        check_disk(args, model, numbers)
 
-    with Run(args, directory, data, model, optimizer) as run:
+        run.start(data, model, optimizer)
         if run.step == args.start_epoch * steps:
             save_sample(args, model, numbers[0])
         for epoch in run.epochs():
             set_lr(optimizer, args, epoch)
-            for images, labels, weight in run.batches():
+            for images, labels in run.batches():
                 optimizer.zero_grad()
-                loss, logits = cross_entropy(network, images, labels, args.half)
-                weighted(loss, weight).backward()
+                run.loss(network, images, labels).backward()
                 optimizer.step()
-                run.log(loss, logits, labels)
+                run.end_step()
                 if run.step % every == 0:
                     run.check_finite()
                     save_sample(args, model, run.step // every)

@@ -24,10 +24,10 @@ from sklearn.decomposition import PCA
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
-import checkpoint
-import engine
 import models
 import utils
+from training import files as checkpoint
+from training import run as engine
 from utils import DATASETS, Split
 
 # ----------------------------------------------------------------------------- data pipelines

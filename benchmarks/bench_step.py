@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import models
 import train_sgd
-from cli import parse_args
-from engine import cross_entropy
-from network import count_on_host
-from train_pbfgs import PBFGS, Batch, frozen_buffers
-from utils import flatten
+from dldr.parameters import flatten
+from dldr.pbfgs import PBFGS, frozen_buffers
+from train_pbfgs import Batch
+from training.network import count_on_host
+from training.run import cross_entropy
+from training.setup import parse_args
 
 # What is measured of a `Case`, and its name in the tables.
 NAMES = {

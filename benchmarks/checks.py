@@ -12,14 +12,15 @@ from unittest import mock
 import torch
 from common import DEVICE, FAILED
 
-import engine
 import train_pbfgs
 import train_psgd
 import train_sgd
-from cli import parse_args
-from engine import cross_entropy
-from network import build_model
-from utils import load_data, load_state_dict
+from dldr.trajectory import load_state_dict
+from training import run as engine
+from training.network import build_model
+from training.run import cross_entropy
+from training.setup import parse_args
+from utils import load_data
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import git_commit
-from cli import pick_device
+from training.files import git_commit
+from training.setup import pick_device
 
 DEVICE = pick_device("auto")
 FAILED = "**failed**"

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from cli import pick_device
-from engine import evaluate, recompute_statistics
-from network import build_model, copy_into
+from training.network import build_model, copy_into
+from training.run import evaluate, recompute_statistics
+from training.setup import pick_device
 
 FIRST = (11, 16, 21, 26, 30)  # samples that the averages begin with
 LAST = 30

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-import results
+from reporting import tables as report_tables
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
@@ -70,20 +70,22 @@ def main_table() -> str:
         for name in ("k", "total epochs"):
             cells[name] = " / ".join(dict.fromkeys(str(row[name]) for row in own))
         finals = {name: rows.get(method, {}).get("final") for name, rows in found.items()}
-        table.append(cells | {name: results.mean_std(final, 2) for name, final in finals.items()})
-    return results.markdown(table)
+        table.append(
+            cells | {name: report_tables.mean_std(final, 2) for name, final in finals.items()}
+        )
+    return report_tables.markdown(table)
 
 
 def experiment_tables(name: str) -> str:
     """The tables of an experiment, without times and costs unless it is TIMED; the machine."""
     content = measured(name)
-    text = f"\n{results.machine_text(content['machine'])}\n"
-    for section in results.sections(content["results"]).values():
+    text = f"\n{report_tables.machine_text(content['machine'])}\n"
+    for section in report_tables.sections(content["results"]).values():
         if name in TIMED:
-            text += f"\n#{results.section_text(section)}"
+            text += f"\n#{report_tables.section_text(section)}"
         else:
             table = [{k: v for k, v in row.items() if k != "seconds"} for row in section["results"]]
-            text += f"\n### {section['title']}\n\n{results.markdown(table)}"
+            text += f"\n### {section['title']}\n\n{report_tables.markdown(table)}"
     return text + "\n"
 
 

@@ -7,13 +7,48 @@ import torch
 import torchvision
 from torch import nn
 
+from dldr.subspace import Subspace
 from models import small
-from models.subspace import Subspace
-from names import ARCHITECTURES, LARGE, SMALL
 
 __all__ = ["ARCHITECTURES", "Subspace", "build", "listing"]
 
 SMALL_PIXELS = 64  # above it, a name that both have is torchvision's network
+
+
+def family(name: str, network: str, *sizes: int) -> dict[str, tuple]:
+    """Name + size of the networks of one family, each with its constructor and first argument."""
+    return {f"{name}{size}": (network, size) for size in sizes}
+
+
+# The networks for images of 32 pixels, as published: module:constructor, its first arguments.
+SMALL = {
+    **family("resnet", "resnet_cifar:ResNet", 8, 20, 32, 44, 56, 110, 1202),
+    **family("vgg", "small:vgg", 11, 13, 16, 19),
+    **family("densenet", "small:densenet", 121, 161, 169, 201),
+    "googlenet": ("small:googlenet",),
+    "inceptionv3": ("small:inception_v3",),
+    "inceptionv4": ("inception_v4:InceptionV4",),
+    "inceptionresnetv2": ("inception_v4:InceptionResNetV2",),
+    "xception": ("xception:Xception",),
+    **family("resnet", "small:resnet", 18, 34, 50, 101, 152),
+    **family("preactresnet", "preact_resnet:preact_resnet", 18, 34, 50, 101, 152),
+    **family("resnext", "resnext:resnext", 50, 101, 152),
+    "shufflenet": ("shufflenet:ShuffleNet",),
+    "shufflenetv2": ("small:shufflenet_v2",),
+    "squeezenet": ("squeezenet:SqueezeNet",),
+    "mobilenet": ("mobilenet:MobileNet",),
+    "mobilenetv2": ("small:mobilenet_v2",),
+    "nasnet": ("nasnet:NASNet", 4, 2, 44),  # cells, reductions, channels
+    "attention56": ("attention:ResidualAttentionNetwork", (1, 1, 1)),
+    "attention92": ("attention:ResidualAttentionNetwork", (1, 2, 3)),
+    **family("seresnet", "se_resnet:se_resnet", 18, 34, 50, 101, 152),
+    "wideresnet": ("wide_resnet:WideResNet",),
+    **family("stochasticdepth", "stochastic_depth:stochastic_depth_resnet", 18, 34, 50, 101),
+    "efficientnet": ("small:efficientnet",),
+}
+# torchvision's classifiers, those of its later versions too.
+LARGE = torchvision.models.list_models(module=torchvision.models)
+ARCHITECTURES = (*SMALL, *(name for name in LARGE if name not in SMALL))
 
 # With transform_input they take images normalized as for all other networks.
 SETTINGS = dict.fromkeys(("googlenet", "inception_v3"), small.INCEPTION | {"transform_input": True})

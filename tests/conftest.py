@@ -10,13 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import analysis
+import cli
+import plots
 import pytest
 import torch
 from torch import multiprocessing
 
-import analysis
-import cli
-import plots
 import train_pbfgs
 import train_psgd
 import train_sgd

@@ -11,18 +11,18 @@ import shutil
 import signal
 from collections import Counter
 
+import analysis
+import cli
+import engine
+import network
 import numpy as np
+import plots
 import pytest
 import torch
 from accelerator import NAME, recorded
 from PIL import Image
 
-import analysis
-import cli
-import engine
 import models
-import network
-import plots
 import report
 import train_pbfgs
 import train_psgd

@@ -3,23 +3,23 @@
 import json
 from copy import deepcopy as copy_of
 
-import held_out
-import numpy as np
-import pytest
-import torch
-from conftest import DIGITS
-
 import cli
 import engine
-import models
+import held_out
+import numpy as np
 import plots
-import report
+import pytest
 import results
+import torch
+from basis import random_basis
+from conftest import DIGITS
+
+import models
+import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from basis import random_basis
 from train_pbfgs import PBFGS
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5", "--epochs", "2"]

@@ -4,17 +4,17 @@ import json
 import os
 from pathlib import Path
 
+import basis
+import cli
 import numpy as np
 import pytest
+from checkpoint import SHARED
 from conftest import DIGITS
 from PIL import Image
 
-import basis
-import cli
 import train_pbfgs
 import train_psgd
 import train_sgd
-from checkpoint import SHARED
 
 
 @pytest.fixture(scope="module")

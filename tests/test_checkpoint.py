@@ -5,12 +5,12 @@ import os
 import shutil
 from pathlib import Path
 
+import checkpoint
 import pytest
 import torch
 from conftest import DIGITS
 from torch import nn
 
-import checkpoint
 import models
 import train_psgd
 import train_sgd

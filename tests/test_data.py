@@ -8,19 +8,19 @@ import shutil
 import signal
 import struct
 
+import cli
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import get_parser
 from PIL import Image
 from scipy import stats
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
-import cli
 import utils
-from options import get_parser
 from utils import DATASETS, Split, TensorLoader, corrupt_labels
 
 

@@ -2,13 +2,13 @@
 
 import shutil
 
+import cli
+import engine
 import pytest
 import torch
 from conftest import DIGITS
 from test_data import random_split
 
-import cli
-import engine
 import train_pbfgs
 import train_psgd
 import train_sgd

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import bench
 import bench_step
 import checks
+import engine
 import gpu
 import pytest
 import torch
 from common import FAILED, Page
 from conftest import ROOT
 
-import engine
 import train_pbfgs
 import train_sgd
 import utils

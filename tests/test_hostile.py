@@ -13,7 +13,10 @@ import struct
 import warnings
 from pathlib import Path
 
+import analysis
+import engine
 import numpy as np
+import plots
 import pytest
 import torch
 from conftest import DIGITS
@@ -22,10 +25,7 @@ from test_data import write_cifar
 from test_options import Exploit, files
 from torchvision import datasets
 
-import analysis
-import engine
 import models
-import plots
 import report
 import train_pbfgs
 import train_psgd

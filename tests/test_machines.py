@@ -8,12 +8,12 @@ import os
 import time
 from pathlib import Path
 
+import distributed
 import pytest
 import torch
 from conftest import DIGITS, in_processes
 from torch import nn
 
-import distributed
 import models
 import train_pbfgs
 import train_psgd

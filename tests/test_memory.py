@@ -1,11 +1,11 @@
 """What a run takes of memory. Oracles: counted images, arithmetic."""
 
+import cli
 import numpy as np
 import pytest
 from conftest import DIGITS
 from PIL import Image
 
-import cli
 import train_pbfgs
 import train_sgd
 import utils

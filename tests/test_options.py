@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import names
 import pytest
 import torch
 import torchvision
@@ -16,7 +17,6 @@ from conftest import DIGITS
 from PIL import Image
 
 import models
-import names
 import report
 import train_pbfgs
 import train_psgd

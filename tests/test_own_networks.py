@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from basis import random_basis
 from conftest import DIGITS
 from torch import nn
 
@@ -14,7 +15,6 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from basis import random_basis
 
 MODULE = """
 import torch

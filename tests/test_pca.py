@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import pytest
 import torch
+from basis import Basis, computed_from, load_basis, save_basis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-import checkpoint
 import utils
-from basis import Basis, computed_from, load_basis, save_basis
 from models import build
 
 

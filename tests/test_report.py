@@ -10,24 +10,24 @@ import shutil
 import statistics
 import subprocess
 
-import numpy as np
-import pytest
-import torch
-from conftest import DIGITS
-from PIL import Image
-
 import analysis
 import cli
 import engine
-import models
+import numpy as np
 import plots
-import report
+import pytest
 import results
+import torch
+from conftest import DIGITS
+from network import copy_into
+from PIL import Image
+
+import models
+import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from network import copy_into
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "4", "--epochs", "2"]
 

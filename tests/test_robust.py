@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoint
+import engine
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,6 @@ from conftest import DIGITS, program
 from test_options import files
 from torch import nn
 
-import checkpoint
-import engine
 import models
 import train_pbfgs
 import train_psgd

@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import cli
+import distributed
+import engine
 import numpy as np
 import pytest
 import torch
@@ -16,9 +19,6 @@ from conftest import DIGITS, ROOT, in_processes, program
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import cli
-import distributed
-import engine
 import models
 import train_pbfgs
 import train_psgd

@@ -16,6 +16,12 @@ import sys
 import termios
 from pathlib import Path
 
+import basis
+import checkpoint
+import cli
+import engine
+import errors
+import network
 import numpy as np
 import pytest
 import torch
@@ -24,13 +30,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
-import basis
-import checkpoint
-import cli
-import engine
-import errors
 import models
-import network
 import report
 import train_pbfgs
 import train_psgd

@@ -2,12 +2,12 @@
 
 import copy
 
+import engine
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import Golden, close
 
-import engine
 import utils
 from models import Subspace, build
 from models import subspace as subspace_module

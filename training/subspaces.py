@@ -1,4 +1,4 @@
-"""Which subspace a run trains in, and where in it training starts; the file basis.npz."""
+"""Which samples a run takes, the subspace that they span, and where in it training starts."""
 
 import argparse
 import contextlib
@@ -12,44 +12,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import check_config, check_file, fingerprint, sample_range, save
-from distributed import all_reduce, on_rank0, print0, world_size
-from errors import InputError, blame
-from names import BASES
-from network import check_fits, copy_into, load_weights
-from utils import (
-    Sample,
-    abbreviate,
-    average,
-    check_basis_memory,
-    check_components,
-    load_samples,
-    orthonormalize,
-    pca,
-    sample_numbers,
-    trainable,
-)
+from dldr.distributed import on_rank0, print0, world_size
+from dldr.parameters import average, trainable
+from dldr.pca import check_components, orthonormalize, pca
+from dldr.trajectory import Snapshot, abbreviate, load_samples, snapshot_numbers
+from training.errors import InputError, blame
+from training.files import check_config, check_file, fingerprint, sample_range, save
+from training.memory import check_basis_memory
+from training.network import check_fits, copy_into, load_weights
+from training.options import BASES
 
 
 class Basis(NamedTuple):
-    """A subspace as basis.npz holds it."""
+    """The basis of a subspace, and what is known of it."""
 
-    basis: Tensor  # P (k, n)
-    explained_variance_ratio: Tensor  # (k,)
-    computed_from: str  # the fingerprint of the samples and options
-
-
-def run_directory(args: argparse.Namespace, method: str) -> Path:
-    """Where a subspace run's files are: --run, or a name made of basis and start."""
-    name = method
-    if args.basis != "pca":
-        name += f"_{Path(args.basis).stem}"
-    if args.start is not None:
-        name += f"_from_{args.start}"
-    return args.save_dir / (args.run or name)
+    vectors: Tensor  # P (k, n)
+    ratios: Tensor  # explained variance ratios (k,); NaN where there are no samples to explain
+    source: str  # the fingerprint of the samples and options that it was computed from
 
 
-def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
+# What basis.npz calls them, as scikit-learn does where it can.
+ARRAYS = ("basis", "explained_variance_ratio", "computed_from")
+
+
+def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Snapshot]:
     """The samples of these numbers, once it is clear that they are of the same experiment."""
     if not on_rank0(args.save_dir.is_dir):
         raise InputError(
@@ -61,7 +47,7 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
     else:
         print0(f"{config} is missing: its run's data, network and seed are not checked")
     if world_size() > 1:
-        there = [number for number in sample_numbers(args.save_dir) if number in numbers]
+        there = [number for number in snapshot_numbers(args.save_dir) if number in numbers]
         digests = [""] * world_size()
         files = [args.save_dir / f"{number}.pt" for number in there]
         dist.all_gather_object(digests, fingerprint(files))
@@ -73,18 +59,18 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Sample]:
     return load_samples(args.save_dir, numbers.start, numbers.stop, numbers.step)
 
 
-def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
+def load_subspace_samples(args: argparse.Namespace) -> list[Snapshot]:
     """The samples that --params_start, --params_end and --params_stride name.
 
     Samples and directions that the options leave open are the published ones, or fewer.
     """
     if args.params_end is None:
-        there = on_rank0(lambda: sample_numbers(args.save_dir))
+        there = on_rank0(lambda: snapshot_numbers(args.save_dir))
         args.params_end = min(51, there[-1] + 1) if there else 51
     numbers = sample_range(vars(args))
     if args.n_components is None:
         args.n_components = max(1, min(40, len(numbers) - 1))
-    if args.params_start >= args.params_end:
+    if not numbers:
         raise InputError(
             f"--params_end {args.params_end}: allowed: above --params_start {args.params_start}"
         )
@@ -103,14 +89,14 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Sample]:
     return samples
 
 
-def check_samples(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
+def check_samples(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.Module) -> None:
     """InputError that names a sample that does not fit --arch."""
     with blame():
         for sample in samples:
             check_fits(sample, model, sample.file, args.arch)
 
 
-def load_start(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> None:
+def load_start(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.Module) -> None:
     """Put `model` where training in the subspace starts.
 
     That is --start, else the first sample unless --pretrained named other weights. InputError for
@@ -125,38 +111,44 @@ def load_start(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Mo
             load_weights(model, args.save_dir / f"{start}.pt", args.arch)
 
 
-def find_basis(args: argparse.Namespace, samples: Sequence[Sample], model: nn.Module) -> Basis:
-    """The basis of --basis, from an earlier run's basis.npz if one has the same, else computed."""
+def find_basis(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.Module) -> Basis:
+    """The basis of --basis, from an earlier run's basis.npz if one has the same, else computed.
+
+    Rank 0 finds it and writes the run's own basis.npz, which all processes read.
+    """
     parameters = trainable(model)
     names, n = list(parameters), sum(p.numel() for p in parameters.values())
     files = [sample.file for sample in samples] if args.basis in BASES else [Path(args.basis)]
-    with blame("--basis", OSError):
+    own = args.directory / "basis.npz"
+
+    def find() -> str:
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
-        options += ["in parts"] if args.shard_basis else []
         source = fingerprint(files, *options)
-    origin, basis = "", None
-    for file in args.save_dir.glob("*/basis.npz"):
-        if computed_from(file) == source and (basis := load_basis(file, n, args.device)):
-            origin = f", from {file}"
-            break
-    found = all_reduce(torch.tensor(int(basis is not None)), dist.ReduceOp.MIN)
-    if not found:  # by all processes, since all have to take part in the PCA
-        origin = ""
-        at_fault = {"pca": "--n_components", "random": "--n_components", "schmidt": "--params_end"}
-        with blame(at_fault.get(args.basis, "--basis")):
-            basis = Basis(*compute_basis(args, samples, names, n), source)
-    explained = basis.explained_variance_ratio.sum()
+        for file in args.save_dir.glob("*/basis.npz"):
+            if computed_from(file) == source:
+                basis = load_basis(file, n)
+                if basis is not None:
+                    if file != own:
+                        save_basis(own, basis)
+                    return f", from {file}"
+        save_basis(own, Basis(*compute_basis(args, samples, names, n), source))
+        return ""
+
+    at_fault = {"pca": "--n_components", "random": "--n_components", "schmidt": "--params_end"}
+    with blame(at_fault.get(args.basis, "--basis")):
+        origin = on_rank0(find)
+    basis = load_basis(own, n)
+    explained = basis.ratios.sum()
     print0(
-        f"subspace: {args.basis}, {len(basis.basis)} directions"
+        f"subspace: {args.basis}, {len(basis.vectors)} directions"
         + (f", {explained:.2%} of the variance" if explained.isfinite() else "")
-        + f" of {len(samples)} samples ({abbreviate(sample_range(vars(args)))})"
         + origin
     )
     return basis
 
 
 def compute_basis(
-    args: argparse.Namespace, samples: Sequence[Sample], names: Sequence[str], n: int
+    args: argparse.Namespace, samples: Sequence[Snapshot], names: Sequence[str], n: int
 ) -> tuple[Tensor, Tensor]:
     """The basis (k, n) of --basis, and the variance it explains: NaN where that is not known.
 
@@ -164,21 +156,20 @@ def compute_basis(
     """
     dtype, k = getattr(torch, args.basis_dtype), args.n_components
     # Apple's GPUs have no float64, which the PCA needs.
-    device = "cpu" if torch.device(args.device).type == "mps" else args.device
-    if args.basis in ("pca", "schmidt"):
+    device = "cpu" if args.device == "mps" else args.device
+    if args.basis == "pca":
+        return pca(samples, k, names=names, device=device, dtype=dtype)
+    if args.basis == "schmidt":
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
         # same in either: SGD, and BFGS from the identity, are equivariant to rotations.
-        k = max(1, len(samples) - 1) if args.basis == "schmidt" else k
-        settings = {"names": names, "device": device, "dtype": dtype, "shard": args.shard_basis}
-        basis, ratio = pca(samples, k, **settings)
-        return basis.to(args.device), ratio.to(args.device)
+        return pca(samples, max(1, len(samples) - 1), names=names, device=device, dtype=dtype)
     if args.basis == "random":
         if isinstance(k, float) or k > n:
             raise ValueError(f"{k}: allowed with --basis random: a whole number up to {n}")
         basis = random_basis(k, n, args.randomseed, dtype, device)
     else:
         basis = read_basis(Path(args.basis), n, dtype)
-    return basis.to(args.device, dtype), torch.full((len(basis),), math.nan)
+    return basis.to(dtype), torch.full((len(basis),), math.nan)
 
 
 def random_basis(k: int, n: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -227,21 +218,19 @@ def computed_from(file: Path) -> str | None:
 
 def save_basis(file: Path, basis: Basis) -> None:
     """Write a basis.npz. numpy knows no bfloat16: such a basis is written as its bits, uint16."""
-    vectors = basis.basis.cpu()
+    vectors = basis.vectors.cpu()
     if vectors.dtype == torch.bfloat16:
         vectors = vectors.view(torch.uint16)
-    ratios = basis.explained_variance_ratio.cpu()
-    save(file, Basis(vectors.numpy(), ratios.numpy(), basis.computed_from)._asdict())
+    values = vectors.numpy(), basis.ratios.cpu().numpy(), basis.source
+    save(file, dict(zip(ARRAYS, values, strict=True)))
 
 
-def load_basis(file: Path, n: int, device: str) -> Basis | None:
-    """Read a basis.npz; None where it does not hold k rows of n finite numbers."""
+def load_basis(file: Path, n: int) -> Basis | None:
+    """Read a basis.npz; None where it does not hold k rows of n numbers."""
     with contextlib.suppress(Exception):  # a broken one is computed again
-        arrays = np.load(file)
-        vectors, ratios = (from_bits(arrays[name]).to(device) for name in Basis._fields[:2])
-        fits = vectors.shape == (len(ratios), n)
-        if fits and all(row.isfinite().all() for row in vectors):
-            return Basis(vectors, ratios, str(arrays["computed_from"]))
+        vectors, ratios, source = (np.load(file)[name] for name in ARRAYS)
+        if vectors.shape == (len(ratios), n):
+            return Basis(from_bits(vectors), torch.from_numpy(ratios), str(source))
     return None
 
 

@@ -1,4 +1,4 @@
-"""Reads the runs of save dirs and computes the tables of the report; no networks, no pictures.
+"""Reads the runs of save dirs; no networks, no pictures.
 
 A save dir holds a run of train_sgd.py, the trajectory, and in its folders the runs on its samples.
 What cannot be used is left out, with a line in a list of problems.
@@ -15,19 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import EXPERIMENT, PREPROCESSING, fingerprint
+from training.files import EXPERIMENT, PREPROCESSING, fingerprint
 
 # What seeds of one experiment have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
 SETTINGS += ("image_size", *PREPROCESSING)
-FITS = ("train", "correct labels", "wrong labels")
-COST = (
-    "Cost of reaching the final test accuracy of SGD with the same seed: mean over the seeds that "
-    "reach it; compare only methods that do so with equally many seeds."
-)
-
-# ------------------------------------------------------------------------------ reading runs
+KINDS = {"sgd": "full", "average": "average"}  # all other methods train in a subspace
+METHODS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
 
 
 class Experiment(NamedTuple):
@@ -123,19 +118,21 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """What a run did, as the table names it."""
-    arguments = config["arguments"]
-    if arguments.get("average"):
+    arguments, method = config["arguments"], config["method"]
+    if method == "average":
         first, last = config["samples"][0], config["samples"][-1]
         which = f"samples {first}–{last}" if first < last else f"sample {first}"
         return f"weight average ({which})"
-    if "basis" not in arguments:
-        return {"adam": "Adam", "adamw": "AdamW"}.get(arguments["optimizer"], "SGD")
-    name = "P-SGD" if "lr" in arguments else "P+-BFGS" if arguments["alpha"] else "P-BFGS"
+    if method == "sgd":
+        return METHODS[arguments["optimizer"]]
+    name = "P+-BFGS" if arguments["alpha"] else METHODS.get(method, method)
     start = arguments["start"]
     if arguments["basis"] != "pca":
         name += f", {Path(arguments['basis']).name} basis"
-    if start is not None:
-        name += f", from {start if isinstance(start, str) else f'sample {start}'}"
+    if start == "mean":
+        name += ", from mean"
+    elif start is not None:
+        name += f", from sample {start}"
     return name + (", BN update" if arguments["bn_update"] else "")
 
 
@@ -148,8 +145,7 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
         raise ValueError("there is no config.json; a report is of directories that a run has made")
     config = json.loads((directory / "config.json").read_text())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    arguments = config["arguments"]
-    kind = "average" if arguments.get("average") else "subspace" if "basis" in arguments else "full"
+    kind = KINDS.get(config["method"], "subspace")
     if trajectory is None and kind != "full":
         raise ValueError(f"a run on the samples of a save dir; give that one: {directory.parent}")
     if trajectory is not None and kind == "full":
@@ -163,8 +159,10 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
 
 def epoch_of(trajectory: Result, sample: int) -> float:
     """The epoch after which a sample was taken; infinite if there never was such a sample."""
-    epochs = trajectory.config.get("sample_epochs")  # where samples are not those of the epochs
-    return sample if not epochs else epochs[sample] if sample < len(epochs) else math.inf
+    epochs = trajectory.config.get("sample_epochs")
+    if not epochs:  # samples are those of the epochs
+        return sample
+    return epochs[sample] if sample < len(epochs) else math.inf
 
 
 def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
@@ -235,11 +233,11 @@ def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
             results = read_save_dir(save_dir, problems)
         for result in results:
             seeds = table[row_key(result)]
-            why = next(filter(None, (mismatch(result, other) for other in seeds)), None)
-            if why is None:
+            problem = mismatch(result, seeds)
+            if problem is None:
                 seeds.append(result)
             elif result.kind != "partial":  # what builds on it says the same
-                problems.append(f"{result.directory}: {why}")
+                problems.append(f"{result.directory}: {problem}")
                 if result.kind == "full":
                     break
     return [result for seeds in table.values() for result in seeds]
@@ -253,14 +251,16 @@ def row_key(result: Result) -> tuple:
     return result.experiment, result.title, k, result.epochs, total
 
 
-def mismatch(result: Result, other: Result) -> str | None:
-    """Why two results are not seeds of one experiment; None if they are."""
-    expected = other.settings()
-    for name, value in result.settings().items():
-        if value != expected[name]:
-            return f"not averaged: {name} is {value}, but {expected[name]} in {other.directory}"
-    same = f"seed {result.seed} of the experiment is in {other.directory} already; a copy?"
-    return same if result.seed == other.seed else None
+def mismatch(result: Result, seeds: Iterable[Result]) -> str | None:
+    """Why a result is not one more seed of the same experiment; None if it is."""
+    for other in seeds:
+        expected = other.settings()
+        for name, value in result.settings().items():
+            if value != expected[name]:
+                return f"not averaged: {name} is {value}, but {expected[name]} in {other.directory}"
+        if result.seed == other.seed:
+            return f"seed {result.seed} of the experiment is in {other.directory} already; a copy?"
+    return None
 
 
 def plain(results: Iterable[Result]) -> list[Result]:
@@ -276,119 +276,3 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-# ---------------------------------------------------------------------------------- tables
-
-
-def known(values: Sequence[float | None] | None) -> bool:
-    """Whether there is a value of every seed; earlier versions had fewer columns."""
-    return bool(values) and None not in values
-
-
-def mean_std(values: Sequence[float | None] | None, digits: int) -> str:
-    """Mean ± standard deviation; a single value as it is, nothing where a value is missing."""
-    if not known(values):
-        return ""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def cost(result: Result, accuracy: float) -> tuple[int, float] | None:
-    """Total epochs and seconds until the test accuracy is first reached."""
-    for done, row in enumerate(result.rows, 1):
-        if row["test_acc"] >= accuracy:
-            return len(result.sampled) + min(done, result.epochs), result.seconds(done)
-    return None
-
-
-def tabulate(results: Sequence[Result]) -> list[dict]:
-    """What results.json holds of each row of the table: lists of numbers, one a seed."""
-    table = []
-    for (experiment, title, _, epochs, total), seeds in grouped(results, row_key).items():
-        k = sorted({result.k for result in seeds})
-        row = experiment._asdict() | {"method": title}
-        row["k"] = k[0] if len(k) == 1 else f"{k[0]}–{k[-1]}"
-        row |= {"epochs": epochs, "total epochs": total}
-        row["seeds"] = [result.seed for result in seeds]
-        row["final"] = [result.final for result in seeds]
-        row["top-5"] = [result.rows[-1].get("test_top5") for result in seeds]
-        row["best"] = [max(row["test_acc"] for row in result.rows) for result in seeds]
-        fits = zip(*(result.fits for result in seeds), strict=True)
-        row |= zip(FITS, map(list, fits), strict=True)
-        row["variance"] = [result.variance for result in seeds]
-        row["seconds"] = [result.seconds(len(result.rows)) for result in seeds]
-        row["cost"] = [cost(result, result.trajectory.final) for result in seeds]
-        table.append(row)
-    return table
-
-
-def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
-    """Title and tables of each experiment from rows of results.json, the least noise first."""
-    found = grouped(table, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
-    for experiment, rows in found.items():
-        seeds = sorted({seed for row in rows for seed in row["seeds"]})
-        title = f"{experiment}; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-        tables = {"results": results_table(rows), "cost": cost_table(rows)}
-        found[experiment] = {"title": title, **tables}
-    return dict(sorted(found.items()))
-
-
-def results_table(rows: Sequence[dict]) -> list[dict]:
-    """The table of an experiment: what stands in each column of a row."""
-    fits = FITS if rows[0]["noise"] else FITS[:1]  # without noise all labels are correct
-    shown = [
-        name
-        for name in ("variance", "final", "top-5", "best", *fits)
-        if any(known(row.get(name)) for row in rows)
-    ]
-    most, table = max(len(row["seeds"]) for row in rows), []
-    for row in rows:
-        seeds = len(row["seeds"])
-        cells = {"method": row["method"] + (f", {seeds} of {most} seeds" if seeds < most else "")}
-        cells |= {name: row[name] for name in ("k", "epochs", "total epochs")}
-        cells |= {name: mean_std(row.get(name), 2) for name in shown}
-        table.append(cells | {"seconds": mean_std(row["seconds"], 0)})
-    return table
-
-
-def cost_table(rows: Iterable[dict]) -> list[dict]:
-    """The table of costs, without the rows of SGD at an earlier epoch."""
-    table = []
-    for row in [row for row in rows if " at epoch " not in row["method"]]:
-        there = [cost for cost in row["cost"] if cost]
-        epochs, seconds = zip(*there, strict=True) if there else ((), ())
-        cells = {"method": row["method"], "k": row["k"]}
-        cells["reached by"] = f"{len(there)} of {len(row['seeds'])}"
-        cells["total epochs"], cells["seconds"] = mean_std(epochs, 1), mean_std(seconds, 1)
-        table.append(cells)
-    return table
-
-
-def markdown(table: Sequence[dict]) -> str:
-    """A Markdown table that can be read as it is."""
-    cells = [[str(cell) for cell in row] for row in (table[0], *(row.values() for row in table))]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def section_text(section: Mapping[str, Any]) -> str:
-    """Title and tables of an experiment as Markdown."""
-    text = f"## {section['title']}\n\n{markdown(section['results'])}\n"
-    return f"{text}{COST}\n\n{markdown(section['cost'])}"
-
-
-def machine(results: Sequence[Result]) -> dict[str, list]:
-    """Where the runs were made, and with what: each value that occurs."""
-    sessions = [session for result in results for session in result.sessions]
-    facts = {name: [s[name] for s in sessions] for name in ("device", "threads", "commit")}
-    versions = [s["versions"].items() for s in sessions]
-    facts["versions"] = [", ".join(map(" ".join, items)) for items in versions]
-    return {name: list(dict.fromkeys(values)) for name, values in facts.items()}
-
-
-def machine_text(facts: Mapping[str, Sequence]) -> str:
-    """What `machine` returns, in a line."""
-    return "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items())

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
-from distributed import in_turn, on_rank0, print0
-from errors import InputError, blame
-from utils import Data, load_state_dict, trainable
+from dldr.distributed import in_turn, on_rank0, print0
+from dldr.parameters import trainable
+from dldr.trajectory import load_state_dict
+from training.errors import InputError, blame
+from utils import Data
 
 
 def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
@@ -50,25 +52,20 @@ def count_on_host(model: nn.Module) -> None:
 def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
     """InputError if the network cannot be trained or tested on the data; it stays as it was."""
     with blame(f"--arch {args.arch}"):
-        trainable(model)
-    if not args.evaluate and not any(p.requires_grad for p in model.parameters()):
+        parameters = trainable(model)
+    if not args.evaluate and not any(p.requires_grad for p in parameters.values()):
         raise InputError(f"--arch {args.arch}: has no parameters to train")
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     size, classes = args.image_size, data.num_classes
+    images = 1 if 1 in (len(data.train), args.batch_size) and not args.evaluate else 2
     # Every network fails in its own way on images too small for it, or on one alone.
-    with blame(f"--arch {args.arch}: cannot take images of {size} × {size} pixels", Exception):
-        outputs = [model.train(mode)(torch.zeros(2, 3, size, size)) for mode in (True, False)]
+    with blame(f"--arch {args.arch}: cannot take {images} images of {size} × {size}", Exception):
+        batch = torch.zeros(images, 3, size, size)
+        outputs = [model.train()(batch), model.eval()(batch)]
     for logits in outputs:
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(
-                f"--arch {args.arch}: gives {given} for two images, not (2, {classes}) numbers"
-            )
-    if 1 in (len(data.train), args.batch_size) and not args.evaluate:
-        fewer = f", --smalldatasets {args.smalldatasets}" if args.smalldatasets else ""
-        what = f"--batch-size {args.batch_size}{fewer}: a batch of one image, on which {args.arch}"
-        with blame(f"{what} cannot train", Exception):
-            model.train()(torch.zeros(1, 3, size, size))
+        shape = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
+        if len(shape) != 2 or shape[0] != images or shape[1] < classes:
+            raise InputError(f"--arch {args.arch}: gives {shape}, not ({images}, {classes}) logits")
     copy_into(model, initial)
 
 
@@ -95,21 +92,10 @@ def load_torchvision_weights(model: nn.Module, arch: str) -> None:
 
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, file: Path, arch: str) -> None:
     """ValueError for a state, read from `file`, whose names or shapes are not the module's."""
-    own, given = (
-        {name: (v.shape, v.layout, v.is_floating_point()) for name, v in tensors.items()}
-        for tensors in (module.state_dict(), state)
-    )
-    for name in own | given:
-        if own.get(name) != given.get(name):
-            raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
-
-
-def check_finite_values(state: Mapping[str, Tensor], module: nn.Module, file: Path) -> None:
-    """ValueError for a state that is not finite where the module is (masks hold −inf)."""
     own = module.state_dict()
-    for name, value in state.items():
-        if not (value.isfinite() | ~own[name].isfinite().cpu()).all():
-            raise ValueError(f"{file}: {name} is not finite")
+    for name in own | state:
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            raise ValueError(f"{file}: does not fit --arch {arch} with these options, see {name}")
 
 
 @torch.no_grad()
@@ -127,5 +113,4 @@ def load_weights(model: nn.Module, file: Path, arch: str) -> None:
     counters = {name: v.new_zeros(()).cpu() for name, v in own if "num_batches_tracked" in name}
     state = counters | state
     check_fits(state, model, file, arch)
-    check_finite_values(state, model, file)
     copy_into(model, state)

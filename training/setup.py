@@ -1,61 +1,39 @@
-"""How a script starts and ends: options are completed and checked, errors become exit codes."""
+"""What the options leave open, and whether they go together; the device and torch's settings."""
 
 import argparse
-import functools
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
-import distributed
 import models
-from checkpoint import check_file, recorded_options
-from distributed import on_rank0, restart_count, world_size
-from errors import InputError, blame, exit_with, handling, stop
-from names import BASES
-from options import Parser
+from dldr.distributed import on_rank0, world_size
+from training import distributed
+from training.distributed import restart_count
+from training.errors import InputError, blame
+from training.files import check_file, recorded_options
+from training.options import BASES, Parser, one_of
 from utils import DATASETS
 
 
-def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
-    """Decorate a script's main: a user's mistake becomes one line on stderr and an exit code.
-
-    The code is 2 for options and files, 1 for what went wrong later, 130, 143 and 129 for SIGINT,
-    SIGTERM and SIGHUP.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> Any:
-        with handling(stop):
-            try:
-                return main(argv)
-            except InputError as error:
-                exit_with(str(error), error.exit_code)
-            except torch.OutOfMemoryError as error:
-                sizes = "--batch-size or --test-batch-size"
-                exit_with(f"{sizes}: too large for the memory of the GPU ({error})", 1)
-            except RuntimeError as error:  # gloo has no class of its own
-                if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                    raise
-                exit_with(f"communication between processes failed, one may be gone: {error}", 1)
-
-    return wrapped
-
-
 def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options, and decide what they leave open (device, image size)."""
+    """Parse the options, and decide what they leave open (device, image size, directory)."""
     args = parser.parse_args(argv)
+    if args.arch == "list":
+        print(models.listing())
+        raise SystemExit(0)
     args.device = pick_device(args.device)
     distributed.init(args.device)
-    if "basis" in args or getattr(args, "average", None):
-        take_from_trajectory(parser, args, argv)
+    if args.basis or args.average:
+        take_from_trajectory(args, given_options(parser, args, argv))
     if restart_count() and not args.evaluate:  # the command is that of the first start
         args.resume, args.overwrite = args.resume or True, False
+    if args.average:
+        args.method = "average"
+    args.directory = run_directory(args)
     check_combinations(args)
     args.image_size = args.image_size or DATASETS[args.datasets].image_size
     if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
@@ -64,18 +42,31 @@ def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace
     return args
 
 
-def take_from_trajectory(
-    parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None
-) -> None:
+def given_options(parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> set[str]:
+    """The names of the options that the command gives, even if they are the defaults."""
+    untouched = object()
+    empty = argparse.Namespace(**dict.fromkeys(vars(args), untouched))
+    parsed = vars(parser.parse_args(argv, empty))
+    return {name for name, value in parsed.items() if value is not untouched}
+
+
+def take_from_trajectory(args: argparse.Namespace, given: set[str]) -> None:
     """Take the network and the data from the trajectory where the command does not name them."""
-    file = args.save_dir / "config.json"
     with blame("--save-dir"):
-        recorded = on_rank0(lambda: recorded_options(file))
-    try:
-        parsed = parser.parse_args(recorded)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    vars(args).update(vars(parser.parse_args(argv, parsed)), device=args.device)
+        recorded = on_rank0(lambda: recorded_options(args.save_dir / "config.json"))
+    vars(args).update({name: value for name, value in recorded.items() if name not in given})
+
+
+def run_directory(args: argparse.Namespace) -> Path:
+    """Where a run's files are: --save-dir, or in it --run, or a name made of basis and start."""
+    if args.method == "sgd":
+        return args.save_dir
+    name = args.method
+    if args.basis and args.basis != "pca":
+        name += f"_{Path(args.basis).stem}"
+    if args.start is not None:
+        name += f"_from_{args.start}"
+    return args.save_dir / (args.run or name)
 
 
 def pick_device(name: str) -> str:
@@ -95,29 +86,27 @@ def check_combinations(args: argparse.Namespace) -> None:
         with blame(option):  # OSError without permission
             if place.exists() and not place.is_dir():
                 raise InputError(f"{option} {place}: not a directory")
-    started = getattr(args, "start", None) is not None
-    tested = args.evaluate and args.resume and args.pretrained
-    for one, other, both in (
-        ("--resume", "--evaluate and --pretrained", tested),
-        ("--overwrite", "--resume", args.overwrite and args.resume),
-        ("--start", "--pretrained", started and args.pretrained),
-    ):
-        if both:
-            raise InputError(f"{one}: not with {other}; allowed: one of them")
-    basis = getattr(args, "basis", BASES[0])
+    if args.overwrite and args.resume:
+        raise InputError("--overwrite: not with --resume; allowed: one of them")
+    if args.pretrained and args.start is not None:
+        raise InputError("--start: not with --pretrained; allowed: one of them")
+    if args.evaluate and args.resume and args.pretrained:
+        raise InputError("--evaluate: with --resume or --pretrained, not with both")
     check_file("--pretrained", args.pretrained)
     check_file("--resume", args.resume)
-    check_file("--basis", None if basis in BASES else Path(basis))
+    if args.basis and args.basis not in BASES:
+        check_file("--basis", Path(args.basis))
     if ":" in args.arch:
         with blame("--arch"):
             models.imported(args.arch)
+    else:
+        with blame("--arch", argparse.ArgumentTypeError):
+            args.arch = one_of("network", models.ARCHITECTURES)(args.arch)
     if args.epochs <= args.start_epoch:
         raise InputError(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if 1 < world_size() > args.batch_size / 2:
         least = 2 * world_size()
         raise InputError(f"--batch-size {args.batch_size}: allowed: from {least}, two per process")
-    if getattr(args, "shard_basis", False) and args.basis not in ("pca", "schmidt"):
-        raise InputError(f"--shard-basis: not with --basis {args.basis}; allowed: pca, schmidt")
     if args.sync_bn and args.device != "cuda":
         raise InputError("--sync-bn: allowed on CUDA; torch has it nowhere else")
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):

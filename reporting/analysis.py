@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 import models
 import utils
-from basis import load_basis
-from checkpoint import sample_range
-from engine import cross_entropy, evaluate
-from network import copy_into, load_weights
-from results import Experiment, Result, grouped, noting, plain
+from dldr import Subspace, average, landscape, pca, trainable
+from dldr.trajectory import load_samples, load_state_dict, snapshot_numbers
+from reporting.results import Experiment, Result, grouped, noting, plain
+from training.files import sample_range
+from training.losses import cross_entropy, evaluate
+from training.network import copy_into, load_weights
+from training.subspaces import load_basis
 
 TRAINING_IMAGES = 5000  # at most this many are used for the training accuracy
 GRID, GRID_IMAGES = 21, 500  # points a side of the loss landscape, and images for its loss
@@ -60,7 +62,7 @@ class Probe:
         """Test accuracy in percent of the network that training started from, if it is there."""
         numbers = started_from(result)
         if numbers not in self.starts and (samples := load(result, numbers)):
-            copy_into(self.model, utils.average(samples))
+            copy_into(self.model, average(samples))
             self.starts[numbers] = evaluate(self.model, self.test.epoch(), False)["test_acc"]
         return self.starts.get(numbers)
 
@@ -99,7 +101,7 @@ def load(result: Result, numbers: range) -> Samples:
     """Samples of a result's trajectory, [] if some have been removed to save disk space."""
     directory = result.trajectory.directory
     try:
-        return utils.load_samples(directory, numbers.start, numbers.stop, numbers.step)
+        return load_samples(directory, numbers.start, numbers.stop, numbers.step)
     except FileNotFoundError:
         return []
 
@@ -111,25 +113,17 @@ def started_from(result: Result) -> range:
         return sample_range(arguments)
     if result.kind == "subspace" and start is None and arguments["pretrained"]:
         return range(0)
-    first = arguments.get("params_start", arguments.get("start_epoch", 0))
-    start = first if start is None else start
+    if start is None:
+        start = arguments["params_start" if result.kind == "subspace" else "start_epoch"]
     return range(start, start + 1)
 
 
 def samples_of(results: Sequence[Result]) -> Samples:
     """The samples of the first subspace run on a trajectory, else all; [] where some are gone."""
-    numbers = utils.sample_numbers(results[0].trajectory.directory)
+    numbers = snapshot_numbers(results[0].trajectory.directory)
     used = range(numbers[0], numbers[-1] + 1) if numbers else range(0)
     subspaces = [result for result in plain(results) if result.kind == "subspace"]
     return load(results[0], sample_range(subspaces[0].arguments) if subspaces else used)
-
-
-def variance_ratios(samples: Samples) -> np.ndarray:
-    """The part of the variance of T samples that each principal component explains, (T − 1,)."""
-    variances, _ = utils.principal_axes(samples, utils.parameter_names(samples[0]))
-    if not variances[0] > 0:
-        raise ValueError("the samples are all the same")
-    return (variances / variances.sum())[:-1].clamp(min=1e-12).numpy()
 
 
 @torch.no_grad()
@@ -138,10 +132,10 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
 
     `results` are of the probe's trajectory. Raises ValueError where the samples span no plane.
     """
-    names = list(utils.trainable(probe.model))
-    basis, ratios = utils.pca(samples, 2, names=names, device=probe.args.device)
-    copy_into(probe.model, utils.average(samples))
-    plane = models.Subspace(probe.model, basis)
+    names = list(trainable(probe.model))
+    basis, ratios = pca(samples, 2, names=names, device=probe.args.device)
+    copy_into(probe.model, average(samples))
+    plane = Subspace(probe.model, basis)
 
     def project(state: Mapping[str, Tensor]) -> np.ndarray:
         vector = torch.cat([state[name].reshape(-1) for name in names]).to(basis.device)
@@ -163,19 +157,20 @@ def path_of(result: Result, basis: Tensor, project: Callable) -> list[np.ndarray
     if result.kind != "subspace":
         directory, files = result.directory, [result.weights]
         if result.kind in ("full", "continued"):
-            files = [directory / f"{number}.pt" for number in utils.sample_numbers(directory)]
-        return [project(utils.load_state_dict(file)) for file in files if file.exists()]
+            files = [directory / f"{number}.pt" for number in snapshot_numbers(directory)]
+        return [project(load_state_dict(file)) for file in files if file.exists()]
     start = load(result, started_from(result))
-    own = load_basis(result.directory / "basis.npz", basis.shape[1], basis.device)
+    own = load_basis(result.directory / "basis.npz", basis.shape[1])
     if not start or own is None or any("coordinates" not in row for row in result.rows):
-        return []  # a sharded basis, for one, is not kept
+        return []
     coordinates = np.array([row["coordinates"] for row in result.rows])
-    moved = coordinates @ (own.basis.to(basis.dtype) @ basis.T).cpu().numpy()  # (E, k) (k, 2)
-    start = project(utils.average(start))
+    turn = own.vectors.to(basis) @ basis.T  # (k, 2)
+    moved = coordinates @ turn.cpu().numpy()
+    start = project(average(start))
     return [start, *(start + moved)]
 
 
-def loss_on(plane: models.Subspace, images: Any, points: np.ndarray) -> np.ndarray:
+def loss_on(plane: Subspace, images: Any, points: np.ndarray) -> np.ndarray:
     """The loss at each point (P, 2), on one batch, with BatchNorm's statistics of the batch.
 
     Running statistics belong to the network at which they were gathered, and mislead elsewhere.
@@ -185,8 +180,5 @@ def loss_on(plane: models.Subspace, images: Any, points: np.ndarray) -> np.ndarr
     for layer in plane.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.train()
-    losses, points = [], torch.as_tensor(points).to(plane.origin)
-    for point in tqdm(points, "loss landscape", disable=None, leave=False):
-        plane.coordinates.copy_(point)
-        losses.append(cross_entropy(plane, batch, labels, False)[0])
-    return torch.stack(losses).cpu().numpy()  # the only host sync
+    losses = landscape(lambda: cross_entropy(plane, batch, labels, False)[0], plane, points)
+    return losses.cpu().numpy()  # the only host sync

@@ -9,10 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from errors import InputError, exit_with, handle, stop
-from names import ARCHITECTURES, BASES, DATASETS
+from training.errors import InputError, exit_with, handle, stop
 
 GROUPS = ("data", "network", "training", "subspace", "run", "machine")  # of options, in --help
+DATASETS = ("digits", "CIFAR10", "CIFAR100", "MNIST", "ImageFolder", "ImageNet")
+BASES = ("pca", "schmidt", "random")
+# What the options of only some scripts are in the others, so that all know all of them.
+ABSENT = {
+    "lr": None, "milestones": (), "schedule": None, "momentum": 0.0, "optimizer": None,
+    "sample_every": None, "average": None, "accumulate": 1, "alpha": 0.0, "gamma": 0.0,
+    "params_start": 0, "params_end": None, "params_stride": 1, "n_components": None,
+    "basis": None, "start": None, "bn_update": False, "basis_dtype": "float32", "run": None,
+}  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -28,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.set_defaults(**ABSENT)
         self.groups = {title: self.add_argument_group(title) for title in GROUPS}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
@@ -86,9 +95,10 @@ fraction = between(float, 0, 1)
 def components(text: str) -> int | float:
     """An argparse type: how many components, or the fraction of variance they are to explain."""
     with contextlib.suppress(ValueError):
-        value = int(text) if text.isdecimal() else float(text)
-        if value >= 1 if text.isdecimal() else 0 < value < 1:
-            return value
+        if text.isdecimal() and int(text) >= 1:
+            return int(text)
+        if not text.isdecimal() and 0 < float(text) < 1:
+            return float(text)
     allowed = "a whole number from 1, or a fraction of the variance between 0 and 1"
     raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
 
@@ -138,25 +148,17 @@ def one_of(what: str, names: Sequence[str], others: str = "") -> Callable[[str],
     return parse
 
 
-def network(text: str) -> str:
-    """An argparse type: a network's name, package.module:callable, or `list`, which prints them."""
-    if text == "list":
-        import models  # with torch, which other answers need not wait for
-
-        print(models.listing())
-        raise SystemExit(0)
-    own = re.fullmatch(r"[\w.]+:\w+", text)
-    return text if own else one_of("network", ARCHITECTURES)(text)
-
-
 # ------------------------------------------------------------------------------------- options
 
 
 # Unformatted, the options read as the table they are.
 # fmt: off
-def get_parser(description: str, arch: str, epochs: int, weight_decay: float) -> Parser:
+def get_parser(
+    method: str, description: str, arch: str, epochs: int, weight_decay: float
+) -> Parser:
     """The options that the three scripts have in common, with a script's own defaults."""
     parser = Parser(description)
+    parser.set_defaults(method=method)
     add_data_options(parser)
     add_network_options(parser, arch)
     add_training_options(parser, epochs, weight_decay)
@@ -191,7 +193,7 @@ def add_data_options(parser: Parser) -> None:
 def add_network_options(parser: Parser, arch: str) -> None:
     """Add the options for the network and its initial weights."""
     add = parser.groups["network"].add_argument
-    add("-a", "--arch", type=network, metavar="NAME", default=arch,
+    add("-a", "--arch", metavar="NAME", default=arch,
         help="a network (`--arch list` prints them all), or package.module:callable, which is "
         "called with num_classes")
     add("--pretrained", type=path, nargs="?", const=True, metavar="PATH",
@@ -260,7 +262,7 @@ def add_schedule_options(
     add = group.add_mutually_exclusive_group().add_argument
     add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
         help=f"after N epochs the learning rate drops to a tenth{usual}")
-    add("--schedule", dest="milestones", type=one_of("schedule", ["cosine"]), metavar="cosine",
+    add("--schedule", type=one_of("schedule", ["cosine"]), metavar="cosine",
         help="instead of --milestones, half a cosine from the learning rate to 0 after --epochs")
 
 
@@ -283,8 +285,6 @@ def add_subspace_options(parser: Parser) -> None:
         help="start at sample N, or at the samples' `mean` (default: --params_start)")
     add("--bn-update", action="store_true",
         help="before each test, recompute BatchNorm's statistics over the training images")
-    add("--shard-basis", action="store_true",
-        help="under torchrun, each process keeps its part of the basis' columns")
     add("--basis-dtype", type=one_of("type", ["float32", "bfloat16"]), metavar="TYPE",
         default="float32",
         help="how the basis is kept; bfloat16 takes half the memory")

@@ -1,11 +1,15 @@
-"""How a script ends: mistakes of the person at the terminal, and signals, in one line."""
+"""How a script ends: mistakes of the person at the terminal, and signals, in one line each.
+
+Nothing here imports torch, so that options are checked before it is.
+"""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +33,33 @@ def blame(what: str = "", kinds: Any = (ValueError, OSError)) -> Iterator[None]:
         raise
     except kinds as error:
         raise InputError(f"{what}: {error}" if what else str(error)) from error
+
+
+def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
+    """Decorate a script's main: a user's mistake becomes one line on stderr and an exit code.
+
+    The code is 2 for options and files, 1 for what went wrong later, 130, 143 and 129 for SIGINT,
+    SIGTERM and SIGHUP.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> Any:
+        import torch
+
+        with handling(stop):
+            try:
+                return main(argv)
+            except InputError as error:
+                exit_with(str(error), error.exit_code)
+            except torch.OutOfMemoryError as error:
+                sizes = "--batch-size or --test-batch-size"
+                exit_with(f"{sizes}: too large for the memory of the GPU ({error})", 1)
+            except RuntimeError as error:  # gloo has no class of its own
+                if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                    raise
+                exit_with(f"communication between processes failed, one may be gone: {error}", 1)
+
+    return wrapped
 
 
 def under_torchrun() -> bool:
