@@ -102,27 +102,10 @@ def principal_angles(basis: Tensor, other: Tensor) -> Tensor:
     are the singular values of the product of orthonormal bases (Björck and Golub, Math. Comp.
     1973); angles below 1e-7 are rounding. Raises ValueError for rows that are linearly dependent.
     """
-    whitened = whitening(basis) @ product(basis, other) @ whitening(other).T
-    return torch.linalg.svdvals(whitened).clamp(max=1).acos()
-
-
-def product(basis: Tensor, other: Tensor) -> Tensor:
-    """basis · otherᵀ (k, l) in float64, converted block by block."""
-    width = max(1, BLOCK // (len(basis) + len(other)))
-    pairs = zip(basis.split(width, dim=1), other.split(width, dim=1), strict=True)
-    return sum(one.double() @ another.double().T for one, another in pairs)
-
-
-def whitening(basis: Tensor) -> Tensor:
-    """The matrix (k, k) that makes the rows (k, n) orthonormal, from the first one on.
-
-    Raises ValueError where the rows are linearly dependent, up to rounding.
-    """
-    factor, failed = torch.linalg.cholesky_ex(product(basis, basis))
-    if failed:  # a host sync
-        raise ValueError("its rows are linearly dependent")
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False)
+    cosines = product(basis, other)
+    cosines = torch.linalg.solve_triangular(triangular_factor(basis), cosines, upper=False)
+    cosines = torch.linalg.solve_triangular(triangular_factor(other), cosines.T, upper=False)
+    return torch.linalg.svdvals(cosines).clamp(max=1).acos()
 
 
 def orthonormalize(basis: Tensor) -> None:
@@ -130,13 +113,24 @@ def orthonormalize(basis: Tensor) -> None:
 
     Raises ValueError where the rows are linearly dependent, up to rounding.
     """
-    blocks = basis.split(max(1, BLOCK // len(basis)), dim=1)
-    gram = sum(block.double() @ block.double().T for block in blocks)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor = triangular_factor(basis)
+    for block in basis.split(max(1, BLOCK // len(basis)), dim=1):
+        block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
+
+
+def triangular_factor(basis: Tensor) -> Tensor:
+    """The lower triangular L (k, k) for which L⁻¹ times the rows (k, n) are orthonormal."""
+    factor, failed = torch.linalg.cholesky_ex(product(basis, basis))
     if failed:  # a host sync
         raise ValueError("its rows are linearly dependent")
-    for block in blocks:
-        block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
+    return factor
+
+
+def product(basis: Tensor, other: Tensor) -> Tensor:
+    """basis · otherᵀ (k, l) in float64, converted block by block."""
+    width = max(1, BLOCK // len(basis))
+    pairs = zip(basis.split(width, dim=1), other.split(width, dim=1), strict=True)
+    return sum(one.double() @ another.double().T for one, another in pairs)
 
 
 # --------------------------------------------------------------------- the Gram matrix, in blocks

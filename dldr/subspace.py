@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -87,12 +88,15 @@ class Subspace(nn.Module):
         return values
 
     @torch.no_grad()
-    def export(self) -> dict[str, Tensor]:
+    def export(self) -> dict[str, Any]:
         """The state dict of the plain model at θ(z), a copy."""
-        own = dict(self.model.named_parameters())
-        of = {own[name]: value for name, value in self._named(self.vector()).items()}
-        state = self.model.state_dict(keep_vars=True)  # the parameters, some under two names
-        return {name: of.get(value, value).detach().clone() for name, value in state.items()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        values, state = self._named(self.vector()), {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            # A tied parameter is there under each of its names; an extra state may be no tensor.
+            value = values.get(names.get(id(value)), value)
+            state[name] = value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
+        return state
 
     @torch.no_grad()
     def release(self) -> nn.Module:
@@ -243,23 +247,26 @@ def places(
 
 @torch.no_grad()
 def check_network(model: nn.Module) -> None:
-    """ValueError for a network whose parameters cannot be taken the place of."""
+    """ValueError for a network that would not see θ(z), or that changes its own weights."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("scripted networks keep their parameters to themselves; use the original")
     if all(type(module).train is nn.Module.train for module in model.modules()):
         return
     modes = {module: module.training for module in model.modules()}
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for mode in (not model.training, model.training):
-        model.train(mode)
-        for name, value in model.state_dict().items():
-            if not torch.equal(value, before[name]):
-                raise ValueError(
-                    f"{name} changes with train() and eval(), as weights that LoRA layers merge; "
-                    "turn that off (loralib: merge_weights=False)"
-                )
+    state = [(n, v) for n, v in model.state_dict().items() if isinstance(v, Tensor)]
+    before = {name: value.clone() for name, value in state}
+    model.train(not model.training)
+    changed = [name for name, value in state if not torch.equal(value, before[name])]
+    model.train(not model.training)
+    for name, value in state:
+        value.copy_(before[name])
     for module, mode in modes.items():
         module.training = mode
+    if changed:
+        raise ValueError(
+            f"{changed[0]} changes with train() and eval(), as weights that LoRA layers merge; "
+            "turn that off (loralib: merge_weights=False)"
+        )
 
 
 def inspect_graph(values: dict[str, Tensor], outputs: Any) -> bool:
