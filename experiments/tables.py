@@ -1,19 +1,22 @@
-"""Fill the tables of the two README.md files with what was measured: experiments/*.json.
+"""Fill the tables of README.md and experiments/*.md with what was measured: experiments/*.json.
 
     PYTHONPATH=. python experiments/tables.py
 
 NAME.json is the results.json of the report of experiment NAME. A table stands between
-<!-- table NAME --> and <!-- end -->; NAME is that of an experiment, or main.
+<!-- table NAME --> and <!-- end -->; NAME is that of an experiment, main or walk.
 """
 
 import json
 import re
 from pathlib import Path
 
+import torch
+
+import dldr
 from reporting import tables as report_tables
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
 METHODS = {  # rows of the first page, and what results.py calls them
     "SGD": r"SGD",
     "SGD at epoch T": r"SGD at epoch \d+",
@@ -76,25 +79,43 @@ def main_table() -> str:
     return report_tables.markdown(table)
 
 
+def walk_table() -> str:
+    """CIFAR-10: the variance in the first k components, a random walk's beside it, and P-SGD."""
+    walk = 100 * dldr.random_walk_spectrum(torch.ones(80)).cumsum(0)
+    table = []
+    for k in (2, 5, 10, 20, 40):
+        cells = {"k": k, "random walk": f"{walk[k - 1]:.1f}"}
+        for row in measured("cifar")["results"]:
+            if row["method"] == f"P-SGD (psgd_k{k})":
+                cells[f"trajectory, c = {row['noise']:g}"] = f"{row['variance'][0]:.1f}"
+                cells[f"P-SGD, c = {row['noise']:g}"] = f"{row['final'][0]:.2f}"
+        table.append(cells)
+    return report_tables.markdown(table)
+
+
 def experiment_tables(name: str) -> str:
     """The tables of an experiment, without times and costs unless it is TIMED; the machine."""
     content = measured(name)
-    text = f"\n{report_tables.machine_text(content['machine'])}\n"
+    text = ""
     for section in report_tables.sections(content["results"]).values():
         if name in TIMED:
             text += f"\n#{report_tables.section_text(section)}"
         else:
             table = [{k: v for k, v in row.items() if k != "seconds"} for row in section["results"]]
             text += f"\n### {section['title']}\n\n{report_tables.markdown(table)}"
-    return text + "\n"
+    return f"{text}\n{report_tables.machine_text(content['machine'])}\n\n"
+
+
+OTHERS = {"main": main_table, "walk": walk_table}  # tables that are not an experiment's
 
 
 def filled(page: str) -> str:
     """The page with its tables as they should be."""
 
     def fill(found: re.Match) -> str:
-        table = main_table() if found[2] == "main" else experiment_tables(found[2])
-        return found[1] + table + found[3]
+        before, name, after = found.groups()
+        table = OTHERS[name]() if name in OTHERS else experiment_tables(name)
+        return before + table + after
 
     marks = r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)"
     return re.sub(marks, fill, page, flags=re.DOTALL)

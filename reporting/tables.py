@@ -122,5 +122,6 @@ def machine(results: Sequence[Result]) -> dict[str, list]:
 
 
 def machine_text(facts: Mapping[str, Sequence]) -> str:
-    """What `machine` returns, in a line."""
-    return "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items())
+    """What `machine` returns, in a line; of commits, which not all runs know, seven characters."""
+    shown = facts | {"commit": [commit[:7] for commit in facts["commit"] if commit]}
+    return "; ".join(f"{name}: {', '.join(map(str, shown[name]))}" for name in shown if shown[name])

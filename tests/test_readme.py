@@ -19,7 +19,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
 README, OWN, OPTIONS, DISTRIBUTED = (
     (ROOT / page).read_text()
     for page in ("README.md", "docs/own.md", "docs/options.md", "docs/distributed.md")
