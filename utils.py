@@ -69,6 +69,7 @@ def rng(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     """Random numbers that depend on (seed, purpose, index) only, the same on every device."""
     # Purposes count from 1: numpy takes [seed] and [seed, 0] for the same seed.
     purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4, "report": 5, "statistics": 6}
+    purposes |= {"walk": 8}
     return np.random.default_rng([seed, purposes[purpose], index])
 
 

@@ -162,6 +162,12 @@ def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
+def step_lengths(gram: Tensor) -> Tensor:
+    """The distances (T − 1,) between consecutive snapshots, from their Gram matrix."""
+    norms = gram.diagonal()
+    return (norms[1:] + norms[:-1] - 2 * gram.diagonal(1)).clamp(min=0).sqrt()
+
+
 def centered_blocks(
     snapshots: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: Any = "cpu"
 ) -> Iterator[tuple[str, slice, Tensor]]:

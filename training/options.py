@@ -13,7 +13,7 @@ from training.errors import InputError, exit_with, handle, stop
 
 GROUPS = ("data", "network", "training", "subspace", "run", "machine")  # of options, in --help
 DATASETS = ("digits", "CIFAR10", "CIFAR100", "MNIST", "ImageFolder", "ImageNet")
-BASES = ("pca", "schmidt", "random")
+BASES = ("pca", "schmidt", "random", "walk")
 # What the options of only some scripts are in the others, so that all know all of them.
 ABSENT = {
     "lr": None, "milestones": (), "schedule": None, "momentum": 0.0, "optimizer": None,
@@ -279,8 +279,8 @@ def add_subspace_options(parser: Parser) -> None:
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
     add("--basis", type=basis, metavar="BASIS", default="pca",
-        help="pca; schmidt: all directions that the samples span; random: K random ones; "
-        "or a file, .npz or .npy")
+        help="pca; schmidt: all directions that the snapshots span; random: K random ones; walk: pca "
+        "of a random walk with steps as long as theirs; or a file, .npz or .npy")
     add("--start", type=sample_or_mean, metavar="N",
         help="start at sample N, or at the samples' `mean` (default: --params_start)")
     add("--bn-update", action="store_true",

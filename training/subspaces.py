@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from dldr.distributed import on_rank0, print0, world_size
 from dldr.parameters import average, trainable
-from dldr.pca import check_components, orthonormalize, pca
+from dldr.pca import check_components, gram_matrix, orthonormalize, pca, step_lengths
 from dldr.trajectory import Snapshot, abbreviate, load_samples, snapshot_numbers
 from training.errors import InputError, blame
 from training.files import check_config, check_file, fingerprint, sample_range, save
 from training.memory import check_basis_memory
 from training.network import check_fits, copy_into, load_weights
 from training.options import BASES
+from utils import rng
 
 
 class Basis(NamedTuple):
@@ -134,7 +135,8 @@ def find_basis(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.
         save_basis(own, Basis(*compute_basis(args, samples, names, n), source))
         return ""
 
-    at_fault = {"pca": "--n_components", "random": "--n_components", "schmidt": "--params_end"}
+    at_fault = dict.fromkeys(("pca", "random", "walk"), "--n_components")
+    at_fault["schmidt"] = "--params_end"
     with blame(at_fault.get(args.basis, "--basis")):
         origin = on_rank0(find)
     basis = load_basis(own, n)
@@ -167,6 +169,9 @@ def compute_basis(
         if isinstance(k, float) or k > n:
             raise ValueError(f"{k}: allowed with --basis random: a whole number up to {n}")
         basis = random_basis(k, n, args.randomseed, dtype, device)
+    elif args.basis == "walk":
+        lengths = step_lengths(gram_matrix(samples, names, device))
+        basis, _ = pca(random_walk(lengths, n, args.randomseed), k, device=device, dtype=dtype)
     else:
         basis = read_basis(Path(args.basis), n, dtype)
     return basis.to(dtype), torch.full((len(basis),), math.nan)
@@ -180,6 +185,16 @@ def random_basis(k: int, n: int, seed: int, dtype: torch.dtype, device: str) -> 
     basis = torch.randn(k, n, generator=generator).to(device)
     orthonormalize(basis)
     return basis.to(dtype)
+
+
+def random_walk(lengths: Tensor, n: int, seed: int) -> list[Tensor]:
+    """The T positions (n,) of a random walk with T − 1 steps of these lengths."""
+    random = rng(seed, "walk")
+    positions = [torch.zeros(n)]
+    for length in lengths.tolist():
+        step = torch.from_numpy(random.standard_normal(n, dtype=np.float32))
+        positions.append(positions[-1] + step * (length / step.norm()))
+    return positions
 
 
 def read_basis(file: Path, n: int, dtype: torch.dtype) -> Tensor:
