@@ -3,11 +3,13 @@
     PYTHONPATH=. python experiments/tables.py
 
 NAME.json is the results.json of the report of experiment NAME. A table stands between
-<!-- table NAME --> and <!-- end -->; NAME is that of an experiment, main or walk.
+<!-- table NAME --> and <!-- end -->; NAME is that of an experiment, or one
+of OTHERS.
 """
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,6 +95,23 @@ def walk_table() -> str:
     return report_tables.markdown(table)
 
 
+def levels_table(column: str) -> str:
+    """Digits: a column of each method's row at all levels of noise."""
+    found = {f"c = {c:g}": of_methods("digits-full", c) for c in (0.0, 0.2, 0.4, 0.6, 0.8)}
+    if column == "wrong labels":
+        del found["c = 0"]
+    table = []
+    for method in METHODS:
+        cells = {
+            c: report_tables.mean_std(rows[method][column], 2)
+            for c, rows in found.items()
+            if method in rows
+        }
+        if cells:
+            table.append({"": method.replace("epoch T", "epoch 30")} | cells)
+    return report_tables.markdown(table)
+
+
 def experiment_tables(name: str) -> str:
     """The tables of an experiment, without times and costs unless it is TIMED; the machine."""
     content = measured(name)
@@ -106,7 +125,12 @@ def experiment_tables(name: str) -> str:
     return f"{text}\n{report_tables.machine_text(content['machine'])}\n\n"
 
 
-OTHERS = {"main": main_table, "walk": walk_table}  # tables that are not an experiment's
+OTHERS = {  # tables that are not an experiment's
+    "main": main_table,
+    "walk": walk_table,
+    "levels": partial(levels_table, "final"),
+    "wrong": partial(levels_table, "wrong labels"),
+}
 
 
 def filled(page: str) -> str:
