@@ -75,6 +75,9 @@ def parameter_names(snapshot: Mapping[str, Tensor]) -> list[str]:
     """
     first: dict[tuple, str] = {}  # of the names of the same memory
     for name, value in snapshot.items():
-        if value.is_floating_point() and name.rpartition(".")[2] not in RUNNING_STATISTICS:
+        last = name.rpartition(".")[2]
+        if last in (*RUNNING_STATISTICS, "_extra_state") or not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point():
             first.setdefault((value.data_ptr(), value.shape), name)
     return list(first.values())

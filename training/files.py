@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dldr.distributed import on_rank0, print0, rank, world_size
-from dldr.trajectory import read_tensors
+from dldr.reading import read_tensors
 from training.distributed import restart_count
 from training.errors import InputError, blame
 from training.memory import size_text
