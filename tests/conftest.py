@@ -10,18 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import analysis
-import cli
-import plots
 import pytest
 import torch
 from torch import multiprocessing
 
+import reporting.analysis
+import reporting.plots
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.setup
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = (ROOT, ROOT / "dldr", ROOT / "training", ROOT / "reporting")
 SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 
 # On the CPU, also where there is a GPU: its sums vary from run to run. run.sh gpu compares the two.
@@ -110,8 +111,8 @@ def refused(capsys):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made, but not drawn, which takes long."""
-    monkeypatch.setattr(plots, "image", lambda figure, kind: b"")
-    monkeypatch.setattr(analysis, "GRID", 2)
+    monkeypatch.setattr(reporting.plots, "image", lambda figure, kind: b"")
+    monkeypatch.setattr(reporting.analysis, "GRID", 2)
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def settings_as_they_were():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    cli.configure_torch(train_sgd.get_options().parse_args([]))
+    training.setup.configure_torch(train_sgd.get_options().parse_args([]))
 
 
 @pytest.fixture
@@ -161,7 +162,9 @@ def patch(monkeypatch):
 
     def call(name: str, value) -> None:
         own = [
-            m for m in sys.modules.values() if Path(getattr(m, "__file__", "") or "").parent == ROOT
+            module
+            for module in sys.modules.values()
+            if Path(getattr(module, "__file__", None) or "/").parent in FOLDERS
         ]
         for module in own:
             if hasattr(module, name):

@@ -11,22 +11,24 @@ import shutil
 import signal
 from collections import Counter
 
-import analysis
-import cli
-import engine
-import network
 import numpy as np
-import plots
 import pytest
 import torch
 from accelerator import NAME, recorded
 from PIL import Image
 
+import dldr.parameters
+import dldr.pbfgs
 import models
 import report
+import reporting.analysis
+import reporting.plots
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.losses
+import training.network
+import training.setup
 import utils
 
 DEVICES = ("cpu", NAME)
@@ -125,7 +127,7 @@ def test_a_run_resumes_on_the_other_device(script, devices, places, patch):
     afresh = ["--overwrite"] * (script is train_sgd)
     options = ["--alpha", "0.1"] * (script is train_pbfgs)
     whole = call(script, places["cpu"], "cpu", *afresh, *options)
-    cross_entropy, steps = engine.cross_entropy, []
+    cross_entropy, steps = training.losses.cross_entropy, []
 
     def interrupted(*arguments):
         if torch.is_grad_enabled():  # no trial, no test
@@ -168,11 +170,11 @@ def test_the_report(places, monkeypatch, tmp_path):
     """Its table and what its pictures show; the loss landscape is one transfer."""
     save_dir, shown = places["cpu"], []
     call(train_psgd, save_dir, "cpu")
-    monkeypatch.setattr(plots, "image", lambda figure, kind: b"")
-    monkeypatch.setattr(analysis, "GRID", 5)
-    landscape = plots.landscape
+    monkeypatch.setattr(reporting.plots, "image", lambda figure, kind: b"")
+    monkeypatch.setattr(reporting.analysis, "GRID", 5)
+    landscape = reporting.plots.landscape
     monkeypatch.setattr(
-        plots, "landscape", lambda **parts: shown.append(parts) or landscape(**parts)
+        reporting.plots, "landscape", lambda **parts: shown.append(parts) or landscape(**parts)
     )
     for device in DEVICES:
         with recorded() as events:
@@ -181,7 +183,7 @@ def test_the_report(places, monkeypatch, tmp_path):
     half = len(shown) // 2
     assert half == 2
     assert str(shown[:half]) == str(shown[half:])
-    lines, first = inspect.getsourcelines(analysis.loss_on)
+    lines, first = inspect.getsourcelines(reporting.analysis.loss_on)
     where = {f"analysis.py:{number}" for number in range(first, first + len(lines))}
     assert sum(event.kind == "sync" and event.line in where for event in events) == 1
 
@@ -224,9 +226,9 @@ def test_a_step_waits_for_nothing_but_its_trials(script, places):
 
 def test_batchnorms_counters_cost_no_launch(tmp_path):
     options = [*COMMON, "--device", NAME, "--save-dir", str(tmp_path)]
-    args = cli.parse_args(train_sgd.get_options(), options)
+    args = training.setup.parse_args(train_sgd.get_options(), options)
     data = utils.load_data(args)
-    model = network.build_model(args, data).train()
+    model = training.network.build_model(args, data).train()
     images, _ = next(data.train.epoch())
     with recorded() as events:
         model(images)
@@ -244,17 +246,17 @@ def test_an_epoch_ends_with_five_syncs(places):
 
 def test_statistics_are_recomputed_without_a_sync(trajectory):
     model = models.build("resnet8", 10).to(NAME)
-    network.count_on_host(model)
+    training.network.count_on_host(model)
     batches = [torch.randn(8, 3, 8, 8).to(NAME) for _ in range(3)]
     with recorded() as events:
-        engine.recompute_statistics(model, batches)
+        training.losses.recompute_statistics(model, batches)
     assert {event.kind for event in events} == {"launch"}
 
 
 def test_pca_is_a_copy_a_block(trajectory):
     """A block is of one parameter, and each is read twice: for the Gram matrix and the basis."""
     samples = utils.load_samples(trajectory, 0, 4)
-    names = utils.parameter_names(samples[0])
+    names = dldr.parameters.parameter_names(samples[0])
     with recorded() as events:
         utils.pca(samples, 2, names=names, device=NAME)
     assert sum(event.kind == "copy" for event in events) == 2 * len(names)
@@ -278,8 +280,8 @@ def pixels_on_the_cpu(patch):
 
 
 def matrix_on_the_cpu(patch):
-    update = train_pbfgs.update_inverse_hessian
-    patch.setattr(train_pbfgs, "update_inverse_hessian", lambda *a: update(*a).cpu())
+    update = dldr.pbfgs.update_inverse_hessian
+    patch.setattr(dldr.pbfgs, "update_inverse_hessian", lambda *a: update(*a).cpu())
 
 
 def basis_on_the_cpu(patch):

@@ -4,17 +4,17 @@ import json
 import os
 from pathlib import Path
 
-import basis
-import cli
 import numpy as np
 import pytest
-from checkpoint import SHARED
 from conftest import DIGITS
 from PIL import Image
 
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.setup
+import training.subspaces
+from training.files import SHARED
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_samples_and_directions_are_as_published_where_there_are_as_many(
     for number in range(there):
         os.link(sampled / "6.pt", tmp_path / f"{number}.pt")
     command = [*DIGITS, "--save-dir", str(tmp_path), *options]
-    args = cli.parse_args(train_psgd.get_options(), command)
-    samples = basis.load_subspace_samples(args)
+    args = training.setup.parse_args(train_psgd.get_options(), command)
+    samples = training.subspaces.load_subspace_samples(args)
     assert (args.params_end, args.n_components) == taken
     assert len(samples) == len(range(0, args.params_end, args.params_stride))
 

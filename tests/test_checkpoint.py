@@ -5,16 +5,16 @@ import os
 import shutil
 from pathlib import Path
 
-import checkpoint
 import pytest
 import torch
 from conftest import DIGITS
 from torch import nn
 
+import dldr.trajectory
 import models
 import train_psgd
 import train_sgd
-import utils
+import training.files
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def test_each_session_that_trains_is_recorded(copy, monkeypatch):
     base = [*DIGITS, "--save-dir", str(copy), "--resume"]
     train_sgd.main([*base, "--epochs", "6", "--threads", "2", "--lr", "0.01"])
     assert contents(copy) == before
-    monkeypatch.setattr(checkpoint, "git_commit", lambda: "a later one")
+    monkeypatch.setattr(training.files, "git_commit", lambda: "a later one")
     train_sgd.main([*base, "--epochs", "7", "--threads", "2", "--lr", "0.01"])
     torch.set_num_threads(1)
     first, recorded = json.loads(before["config.json"]), config(copy)
@@ -63,17 +63,6 @@ def test_each_session_that_trains_is_recorded(copy, monkeypatch):
     assert [session["threads"] for session in recorded["sessions"]] == [1, 2]
     assert recorded["sessions"][1]["arguments"]["lr"] == 0.01
     assert recorded["sessions"][1]["commit"] == "a later one"
-
-
-def test_a_config_without_sessions_is_of_the_first(copy):
-    """As earlier versions wrote it."""
-    first = config(copy)
-    del first["sessions"], first["from_epoch"]
-    (copy / "config.json").write_text(json.dumps(first))
-    train_sgd.main([*DIGITS, "--save-dir", str(copy), "--resume", "--epochs", "7"])
-    sessions = config(copy)["sessions"]
-    assert [session["from_epoch"] for session in sessions] == [None, 6]
-    assert sessions[0]["arguments"] == first["arguments"]
 
 
 class Masked(nn.Module):
@@ -94,7 +83,7 @@ def test_infinite_buffers_of_the_network_itself_can_be_read_again(tmp_path, monk
     train_sgd.main([*base, "--epochs", "1"])
     assert train_sgd.main([*base, "--epochs", "2", "--resume"])["epoch"] == 2
     train_psgd.main([*base, "--params_end", "3", "--n_components", "2", "--epochs", "1"])
-    saved = utils.read_tensors(tmp_path / "checkpoint.pt")
+    saved = dldr.trajectory.read_tensors(tmp_path / "checkpoint.pt")
     saved["states"]["model"]["mask"][0, 0] = torch.inf  # where the network's own is finite
     torch.save(saved, tmp_path / "checkpoint.pt")
     assert "mask is not finite" in refused(train_sgd.main, [*base, "--epochs", "3", "--resume"])
@@ -107,15 +96,15 @@ def test_content_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda *a: (steps.append("fsync"), fsync(*a))[1])
     for name in ("a.pt", "b.json", "c.npz"):
         value = {"x": torch.ones(3)} if name == "a.pt" else "{}" if name == "b.json" else {"x": [1]}
-        checkpoint.save(tmp_path / name, value)
+        training.files.save(tmp_path / name, value)
     assert steps == ["fsync", "replace"] * 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pt", "b.json", "c.npz"]
 
 
 def test_the_same_samples_have_the_same_fingerprint(copy):
     files = [copy / f"{number}.pt" for number in range(3)]
-    first = checkpoint.fingerprint(files, "an option")
+    first = training.files.fingerprint(files, "an option")
     shutil.copy(files[0], copy / "again.pt")
-    assert checkpoint.fingerprint([copy / "again.pt", *files[1:]], "an option") == first
-    assert checkpoint.fingerprint(files, "another") != first
-    assert checkpoint.fingerprint(files[:2], "an option") != first
+    assert training.files.fingerprint([copy / "again.pt", *files[1:]], "an option") == first
+    assert training.files.fingerprint(files, "another") != first
+    assert training.files.fingerprint(files[:2], "an option") != first

@@ -8,29 +8,30 @@ import shutil
 import signal
 import struct
 
-import cli
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options import get_parser
 from PIL import Image
 from scipy import stats
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
+import training.memory
+import training.setup
 import utils
+from training.options import get_parser
 from utils import DATASETS, Split, TensorLoader, corrupt_labels
 
 
 def arguments(**options):
     """Parsed options with the scripts' defaults."""
-    parser = get_parser("", "resnet8", 1, 0.0)
+    parser = get_parser("sgd", "", "resnet8", 1, 0.0)
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
-    return cli.parse_args(parser, words)
+    return training.setup.parse_args(parser, words)
 
 
 def random_split(n=20, size=8, seed=0):
@@ -45,7 +46,7 @@ def random_split(n=20, size=8, seed=0):
      (5 * 2**20, "5.0 MiB"), (2**30 - 1, "1024.0 MiB"), (2**40, "1024.0 GiB")],
 )  # fmt: skip
 def test_sizes_have_a_unit_in_which_they_show(size, text):
-    assert utils.size_text(size) == text
+    assert training.memory.size_text(size) == text
 
 
 # label noise
@@ -371,7 +372,7 @@ def test_own_mean_and_std_without_augmentation(size, folder):
     options = {"datasets": "ImageFolder", "data_dir": folder, "image_size": size, "workers": 0}
     words = ["--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.1", "0.4"]
     args = arguments(**options)
-    plain = get_parser("", "resnet8", 1, 0.0).parse_args([*words, "--no-augment"])
+    plain = get_parser("sgd", "", "resnet8", 1, 0.0).parse_args([*words, "--no-augment"])
     vars(args).update({name: vars(plain)[name] for name in utils.PREPROCESSING})
     shutil.copytree(folder / "train", folder / "test", dirs_exist_ok=True)
     train, test = utils.load_data(args)[:2]

@@ -2,16 +2,17 @@
 
 import shutil
 
-import cli
-import engine
 import pytest
 import torch
 from conftest import DIGITS
 from test_data import random_split
 
+import dldr.trajectory
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.losses
+import training.setup
 import utils
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
@@ -21,7 +22,7 @@ SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5"]
 
 def weights(save_dir, name="model.th"):
     """The exported network as one vector."""
-    state = utils.load_state_dict(save_dir / name)
+    state = dldr.trajectory.load_state_dict(save_dir / name)
     return torch.cat([value.double().reshape(-1) for value in state.values()])
 
 
@@ -43,12 +44,12 @@ def test_channels_last_is_how_the_same_images_lie(batch):
 )  # fmt: skip
 def test_channels_last_is_for_the_cpu_unless_told(given, device, decided, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    assert cli.parse_args(train_sgd.get_options(), given).channels_last is decided
+    assert training.setup.parse_args(train_sgd.get_options(), given).channels_last is decided
 
 
 def test_channels_last_reaches_the_network(tmp_path, patch):
     seen = []
-    cross_entropy = engine.cross_entropy
+    cross_entropy = training.losses.cross_entropy
 
     def spy(model, images, labels, half):
         seen.append(images.is_contiguous(memory_format=torch.channels_last))
@@ -111,10 +112,12 @@ def test_settings_are_those_of_the_last_options(monkeypatch):
         )
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    cli.parse_args(train_sgd.get_options(), ["--deterministic", "--tf32", "--threads", "1"])
+    training.setup.parse_args(
+        train_sgd.get_options(), ["--deterministic", "--tf32", "--threads", "1"]
+    )
     assert settings() == (True, False, True, True)
     assert torch.get_num_threads() == 1
-    cli.parse_args(train_sgd.get_options(), [])
+    training.setup.parse_args(train_sgd.get_options(), [])
     assert settings() == (False, True, False, False)
 
 

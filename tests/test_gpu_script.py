@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import bench
 import bench_step
 import checks
-import engine
 import gpu
 import pytest
 import torch
@@ -22,6 +21,7 @@ from conftest import ROOT
 
 import train_pbfgs
 import train_sgd
+import training.losses
 import utils
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
@@ -54,7 +54,7 @@ def test_the_page_tells_checks_and_measurements(tmp_path, monkeypatch, capsys):
 
 def test_numbers_of_another_kind_fail(tmp_path, patch):
     """On the device losses are 1 % too large, and a resumed run has lost its momentum."""
-    cross_entropy = engine.cross_entropy
+    cross_entropy = training.losses.cross_entropy
 
     def wrong(model, images, labels, half):
         loss, logits = cross_entropy(model, images, labels, half)
@@ -89,7 +89,7 @@ def test_each_host_sync_is_counted(tmp_path, monkeypatch):
 
 def test_fewer_digits_than_said_fail(monkeypatch):
     """The third evaluation, the device's, has the 10 bits of TensorFloat-32."""
-    calls, cross_entropy = itertools.count(), engine.cross_entropy
+    calls, cross_entropy = itertools.count(), training.losses.cross_entropy
 
     def rounded(model, images, labels, half):
         images = images.half().float() if next(calls) == 2 else images

@@ -8,17 +8,18 @@ import os
 import time
 from pathlib import Path
 
-import distributed
 import pytest
 import torch
 from conftest import DIGITS, in_processes
 from torch import nn
 
+import dldr.distributed
+import dldr.pbfgs
+import dldr.trajectory
 import models
 import train_pbfgs
 import train_psgd
 import train_sgd
-import utils
 
 SUBSPACE = ["--params_end", "3", "--n_components", "2", "--epochs", "2", "--lr", "0.1"]
 
@@ -43,10 +44,10 @@ class Odd(nn.Module):
 
 def drifting(B: torch.Tensor, s: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The update on a processor that rounds differently, and more than any does."""
-    return update(B, s, y) * (1 + 1e-3 * distributed.rank())
+    return update(B, s, y) * (1 + 1e-3 * dldr.distributed.rank())
 
 
-update = train_pbfgs.update_inverse_hessian
+update = dldr.pbfgs.update_inverse_hessian
 
 
 def refusal(script, argv: list[str]) -> str:
@@ -67,10 +68,10 @@ def work(number: int, root: str) -> None:
     train_sgd.main([*shared, "--epochs", "4"])
     said = {"disks": refusal(train_psgd, [*own, *SUBSPACE])}
 
-    train_pbfgs.update_inverse_hessian = drifting
+    dldr.pbfgs.update_inverse_hessian = drifting
     row = train_pbfgs.main([*shared, *SUBSPACE[:-2], "--batch-size", "100"])
     said["coordinates"] = json.dumps(row["coordinates"])
-    train_pbfgs.update_inverse_hessian = update
+    dldr.pbfgs.update_inverse_hessian = update
 
     said["few"] = refusal(train_sgd, [*own, "--overwrite", "--smalldatasets", "0.002"])
 
@@ -81,7 +82,7 @@ def work(number: int, root: str) -> None:
 
     for local in ("0", str(number)):  # on two machines, and on one
         os.environ["LOCAL_RANK"] = local
-        distributed.in_turn(download)
+        dldr.distributed.in_turn(download)
 
     models.build = lambda arch, classes, image_size: Odd(classes)
     odd = [*DIGITS, "--save-dir", str(root / "odd")]
@@ -100,7 +101,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def saved(directory: Path) -> dict:
-    return utils.read_tensors(directory / "checkpoint.pt")
+    return dldr.trajectory.read_tensors(directory / "checkpoint.pt")
 
 
 def said(root: Path, what: str) -> list[str]:
@@ -144,7 +145,9 @@ def test_the_first_process_downloads_before_the_others_look(root):
 
 @pytest.mark.parametrize("run", [".", "psgd", "pbfgs"])
 def test_unused_parameters_integers_and_infinite_masks_are_trained_around(run, root):
-    first, last = (utils.load_state_dict(root / "odd" / f"{number}.pt") for number in (0, 2))
+    first, last = (
+        dldr.trajectory.load_state_dict(root / "odd" / f"{number}.pt") for number in (0, 2)
+    )
     state = saved(root / "odd" / run)["state_dict"]
     assert not torch.equal(state["sometimes.weight"], first["sometimes.weight"])
     assert torch.equal(last["never.weight"], first["never.weight"])

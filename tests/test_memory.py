@@ -1,6 +1,5 @@
 """What a run takes of memory. Oracles: counted images, arithmetic."""
 
-import cli
 import numpy as np
 import pytest
 from conftest import DIGITS
@@ -8,6 +7,8 @@ from PIL import Image
 
 import train_pbfgs
 import train_sgd
+import training.memory
+import training.setup
 import utils
 
 
@@ -36,7 +37,7 @@ def folder(tmp_path):
 )
 def test_a_test_takes_as_many_images_as_their_size_allows(options, size, folder):
     argv = ["--datasets", "ImageFolder", "--data-dir", str(folder), *options]
-    args = cli.parse_args(train_sgd.get_options(), argv)
+    args = training.setup.parse_args(train_sgd.get_options(), argv)
     assert utils.load_data(args).test.batch_size == size
 
 
@@ -59,18 +60,3 @@ def test_statistics_are_recomputed_in_batches_of_the_size_asked_for(copy, patch)
     assert sum(sizes) == 1437
     assert max(sizes) <= 100
     assert len(sizes) == 15
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_images_that_will_not_fit_are_refused(size, folder, refused, monkeypatch, tmp_path):
-    """Eight images and their mirrored twins, padded by 4, and as they are read."""
-    needed = 8 * 3 * (size**2 + 4 * (size + 8) ** 2)
-    argv = ["--datasets", "ImageFolder", "--data-dir", folder, "--image-size", str(size)]
-    argv += ["--arch", "resnet8", "--save-dir", tmp_path / "run"]
-    monkeypatch.setattr(utils, "free_memory", lambda device: needed - 1)
-    line = refused(train_sgd.main, argv)
-    assert f"--data-dir: 8 images of {size} × {size} pixels take" in line
-    assert "--smalldatasets" in line
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(utils, "free_memory", lambda device: needed)
-    train_sgd.main([str(word) for word in argv] + ["--epochs", "1"])

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
-from names import SMALL
 
 import models
 import train_pbfgs
 import train_sgd
+from models import SMALL
 
 README = (ROOT / "models" / "README.md").read_text()
 

@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from basis import random_basis
 from conftest import DIGITS
 from torch import nn
 
+import dldr.trajectory
 import models
 import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from training.subspaces import random_basis
 
 MODULE = """
 import torch
@@ -256,13 +257,12 @@ def test_one_loop_works_for_any_module(name, tmp_path):
     for _ in range(6):
         samples.append(utils.flatten(network))
         torch.save(network.state_dict(), tmp_path / f"{len(states)}.pt")
-        states.append(utils.load_state_dict(tmp_path / f"{len(states)}.pt"))
+        states.append(dldr.trajectory.load_state_dict(tmp_path / f"{len(states)}.pt"))
         end = fit(network, [p for p in network.parameters() if p.requires_grad], 3)
     basis, ratios = utils.pca(samples, 4)
-    for options in ({}, {"names": utils.trainable(network)}):
-        if options or name not in ("spectral", "frozen"):  # only the network knows
-            for own, oracle in zip(utils.pca(states, 4, **options), (basis, ratios), strict=True):
-                torch.testing.assert_close(own, oracle)
+    for options in ({"model": network}, {"names": utils.trainable(network)}):
+        for own, oracle in zip(utils.pca(states, 4, **options), (basis, ratios), strict=True):
+            torch.testing.assert_close(own, oracle)
 
     utils.load_vector(samples[0], network)
     assert torch.equal(utils.flatten(network), samples[0])

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from golden import Golden, close
 from torch import nn
 
+from dldr.pbfgs import PBFGS, frozen_buffers, update_inverse_hessian
 from models import Subspace
-from train_pbfgs import PBFGS, Batch, frozen_buffers, step_outside, update_inverse_hessian
+from train_pbfgs import Batch, step_outside
 
 ARGS = argparse.Namespace(batch_size=16, half=False, weight_decay=0.0)
 
@@ -212,7 +213,7 @@ def test_residual_step_is_sgd_outside_the_subspace(tiny, batch, orthonormal):
     """θ moves by −α m, m ← γ m + (I − PᵀP) ∇L, on top of the step in the subspace."""
     images, labels = batch
     basis = orthonormal(5, 166)
-    subspace = Subspace(tiny, basis).train()
+    plain, subspace = copy.deepcopy(tiny).train(), Subspace(tiny, basis).train()
     start = subspace.origin.detach().clone()
     residual = torch.optim.SGD([subspace.origin.requires_grad_()], 0.1, 0.9)
     optimizer = PBFGS([subspace.coordinates])
@@ -221,7 +222,7 @@ def test_residual_step_is_sgd_outside_the_subspace(tiny, batch, orthonormal):
     for _ in range(3):
         theta = subspace.vector().detach().requires_grad_()
         parts = subspace._named(theta)
-        output = torch.func.functional_call(copy.deepcopy(tiny).train(), parts, (images,))
+        output = torch.func.functional_call(plain, parts, (images,))
         (full,) = torch.autograd.grad(F.cross_entropy(output, labels), theta)
         momentum = 0.9 * momentum + full - full @ basis.T @ basis
         expected = expected - 0.1 * momentum

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import pytest
 import torch
-from basis import Basis, computed_from, load_basis, save_basis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
+import training.files
 import utils
 from models import build
+from training.subspaces import Basis, computed_from, load_basis, save_basis
 
 
 def walk(samples: int = 20, n: int = 300, dtype: type = np.float64) -> np.ndarray:
@@ -26,7 +26,9 @@ def walk(samples: int = 20, n: int = 300, dtype: type = np.float64) -> np.ndarra
 @pytest.mark.parametrize("block", [20, 7 * 20, 2**24])
 @pytest.mark.parametrize("k", [1, 5, 19])
 def test_equals_scikit_learn(k, block, monkeypatch):
-    monkeypatch.setattr(utils, "BLOCK", block)  # one column, 7, and all of them at a time
+    monkeypatch.setitem(
+        utils.pca.__globals__, "BLOCK", block
+    )  # one column, 7, and all of them at a time
     oracle = PCA(k, svd_solver="full").fit(walk())
     basis, ratios = utils.pca(walk(), k)
     np.testing.assert_allclose(basis, oracle.components_, atol=1e-8)
@@ -68,7 +70,11 @@ def test_vectors_matrices_and_state_dicts_agree():
     states = [model.state_dict() for model in models]
     names = [name for name, _ in models[0].named_parameters()]
     expected = utils.pca(torch.stack(vectors), 3)
-    for samples, options in ((vectors, {}), (states, {}), (states, {"names": names})):
+    for samples, options in (
+        (vectors, {}),
+        (states, {"model": models[0]}),
+        (states, {"names": names}),
+    ):
         for ours, oracle in zip(utils.pca(samples, 3, **options), expected, strict=True):
             torch.testing.assert_close(ours, oracle)
 
@@ -117,7 +123,7 @@ def test_whole_numbers_are_samples_too():
 
 def test_load_samples_reads_the_named_ones(tmp_path):
     for number in range(5):
-        checkpoint.save(tmp_path / f"{number}.pt", {"weight": torch.tensor([float(number)])})
+        training.files.save(tmp_path / f"{number}.pt", {"weight": torch.tensor([float(number)])})
     loaded = utils.load_samples(tmp_path, 1, 5, 2)
     assert [float(state["weight"]) for state in loaded] == [1, 3]
 
@@ -125,15 +131,15 @@ def test_load_samples_reads_the_named_ones(tmp_path):
 @pytest.mark.parametrize("block", [3 * 100, 2**24])
 def test_samples_on_disk_give_what_they_give_in_memory(block, tmp_path, monkeypatch):
     """Blocks that end inside and between tensors, another memory format, a view of a storage."""
-    monkeypatch.setattr(utils, "BLOCK", block)
+    monkeypatch.setitem(utils.pca.__globals__, "BLOCK", block)
     torch.manual_seed(0)
-    states = []
+    network, states = build("resnet8", 10), []
     for number in range(3):
         state = dict(build("resnet8", 10).state_dict())
         name = "layer1.0.conv1.weight"
         state[name] = state[name].to(memory_format=torch.channels_last)
         state["linear.bias"] = torch.randn(25)[3:23:2]
-        checkpoint.save(tmp_path / f"{number}.pt", state)
+        training.files.save(tmp_path / f"{number}.pt", state)
         states.append(state)
     samples = utils.load_samples(tmp_path, 0, 3)
     for sample, state in zip(samples, states, strict=True):
@@ -141,14 +147,15 @@ def test_samples_on_disk_give_what_they_give_in_memory(block, tmp_path, monkeypa
         for name, value in state.items():
             assert torch.equal(sample[name], value)
             assert sample[name].dtype == value.dtype
-    for ours, oracle in zip(utils.pca(samples, 2), utils.pca(states, 2), strict=True):
+    bases = (utils.pca(each, 2, model=network) for each in (samples, states))
+    for ours, oracle in zip(*bases, strict=True):
         assert torch.equal(ours, oracle)
 
 
 def test_load_samples_names_what_is_missing_and_what_is_there(tmp_path):
     for number in range(4):
-        checkpoint.save(tmp_path / f"{number}.pt", {"weight": torch.zeros(1)})
-    with pytest.raises(FileNotFoundError, match=r"lacks the samples 4, 5; there are 0, 1, …, 3"):
+        training.files.save(tmp_path / f"{number}.pt", {"weight": torch.zeros(1)})
+    with pytest.raises(FileNotFoundError, match=r"lacks the snapshots 4, 5; there are 0, 1, …, 3"):
         utils.load_samples(tmp_path, 0, 6)
 
 
@@ -183,7 +190,7 @@ def saved(tmp_path):
 
     def write() -> list[Path]:
         for file, state in zip(files, states, strict=True):
-            checkpoint.save(file, state)
+            training.files.save(file, state)
         return files
 
     return states, write
@@ -197,25 +204,25 @@ def test_a_fingerprint_tells_contents_order_and_options(saved, zip_archive, monk
         torch, "save", lambda *a: torch_save(*a, _use_new_zipfile_serialization=zip_archive)
     )
     states, write = saved
-    first = checkpoint.fingerprint(write(), 40, "float32")
-    assert checkpoint.fingerprint(write(), 40, "float32") == first
-    assert checkpoint.fingerprint(write()[::-1], 40, "float32") != first
-    assert checkpoint.fingerprint(write()[:1], 40, "float32") != first
-    assert checkpoint.fingerprint(write(), 41, "float32") != first
-    assert checkpoint.fingerprint(write(), 40.0, "float32") != first
+    first = training.files.fingerprint(write(), 40, "float32")
+    assert training.files.fingerprint(write(), 40, "float32") == first
+    assert training.files.fingerprint(write()[::-1], 40, "float32") != first
+    assert training.files.fingerprint(write()[:1], 40, "float32") != first
+    assert training.files.fingerprint(write(), 41, "float32") != first
+    assert training.files.fingerprint(write(), 40.0, "float32") != first
     states[1]["b"][4] += 1e-6
-    assert checkpoint.fingerprint(write(), 40, "float32") != first
+    assert training.files.fingerprint(write(), 40, "float32") != first
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_basis_is_the_same_bits(dtype, tmp_path):
     basis, ratios = utils.pca(walk(dtype=np.float32), 5, dtype=dtype)
     save_basis(tmp_path / "basis.npz", Basis(basis, ratios, "source"))
-    loaded = load_basis(tmp_path / "basis.npz", 300, "cpu")
-    assert loaded.computed_from == computed_from(tmp_path / "basis.npz") == "source"
-    assert torch.equal(loaded.basis, basis)
-    assert loaded.basis.dtype == dtype
-    assert torch.equal(loaded.explained_variance_ratio, ratios)
+    loaded = load_basis(tmp_path / "basis.npz", 300)
+    assert loaded.source == computed_from(tmp_path / "basis.npz") == "source"
+    assert torch.equal(loaded.vectors, basis)
+    assert loaded.vectors.dtype == dtype
+    assert torch.equal(loaded.ratios, ratios)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive", "other arrays"])

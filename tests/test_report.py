@@ -10,24 +10,28 @@ import shutil
 import statistics
 import subprocess
 
-import analysis
-import cli
-import engine
 import numpy as np
-import plots
 import pytest
-import results
 import torch
 from conftest import DIGITS
-from network import copy_into
 from PIL import Image
 
+import dldr
+import dldr.trajectory
 import models
 import report
+import reporting.analysis
+import reporting.pictures
+import reporting.plots
+import reporting.results
+import reporting.tables
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.losses
+import training.setup
 import utils
+from training.network import copy_into
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "4", "--epochs", "2"]
 
@@ -60,10 +64,10 @@ def runs(sampled, tmp_path_factory):
 def made(runs, tmp_path_factory):
     """The report of them, and what main returned."""
     out = tmp_path_factory.mktemp("out") / "a" / "report"
-    grid, analysis.GRID = analysis.GRID, 5
+    grid, reporting.analysis.GRID = reporting.analysis.GRID, 5
     names = [str(runs / name) for name in ("one", "two", "noisy")]
     table = report.main([*names, "--out", str(out)])
-    analysis.GRID = grid
+    reporting.analysis.GRID = grid
     return out, table
 
 
@@ -99,7 +103,7 @@ def test_the_numbers_are_those_of_the_metrics(made, runs):
     sampling = (runs / "one" / "metrics.jsonl").read_text().splitlines()
     parts = ([json.loads(line)["seconds"] for line in sampling], [r["seconds"] for r in rows])
     assert row["seconds"][0] == pytest.approx(sum(len(p) * statistics.median(p) for p in parts))
-    (cells,) = results.results_table([row])
+    (cells,) = reporting.tables.results_table([row])
     mean, deviation = statistics.mean(row["final"]), statistics.stdev(row["final"])
     assert cells["final"] == f"{mean:.2f} ± {deviation:.2f}"
     assert "wrong labels" not in cells, "there are none without noise"
@@ -125,7 +129,7 @@ def test_top_5_accuracy_is_a_column_where_it_was_measured(runs, warned, tmp_path
         rows = [row | {"test_top5": 60 + row["epoch"]} for row in rows]
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     table, _ = warned(run)
-    (section,) = results.sections(table).values()
+    (section,) = reporting.tables.sections(table).values()
     found = {row["method"]: row["top-5"] for row in section["results"]}
     assert (found["SGD"], found["P-SGD"]) == ("66.00", "62.00")
     assert list(section["results"][0])[-4:] == ["final", "top-5", "best", "seconds"]
@@ -137,14 +141,14 @@ def test_cost_is_what_it_takes_to_be_as_good_as_sgd_at_its_end(made):
     sgd, psgd = row_of(table, "SGD"), row_of(table, "P-SGD")
     assert sgd["cost"][1] == (6, pytest.approx(sgd["seconds"][1]))
     assert psgd["cost"][1] is None
-    (row,) = results.cost_table([sgd | {"cost": [(4, 1.0), None, (8, 3.0)]}])
+    (row,) = reporting.tables.cost_table([sgd | {"cost": [(4, 1.0), None, (8, 3.0)]}])
     assert [*row.values()][2:] == [f"2 of {len(sgd['seeds'])}", "6.0 ± 2.8", "2.0 ± 1.4"]
 
 
 def test_accuracy_on_correct_and_wrong_labels(runs, tmp_path, undrawn):
     """Oracle: a network that always answers 3 is right on just the images labelled 3."""
     shutil.copytree(runs / "noisy", tmp_path / "run")
-    state = utils.read_tensors(tmp_path / "run" / "model.th")
+    state = dldr.trajectory.read_tensors(tmp_path / "run" / "model.th")
     for name in ("linear.weight", "linear.bias"):
         state["state_dict"][name].zero_()
     state["state_dict"]["linear.bias"][3] = 1
@@ -164,7 +168,7 @@ def test_accuracy_on_correct_and_wrong_labels(runs, tmp_path, undrawn):
 def test_a_pretrained_network_has_a_row(runs, tmp_path, undrawn, monkeypatch):
     """Oracle: --evaluate of its weights; in the landscape it is the point where SGD begins."""
     drawn = {}
-    monkeypatch.setattr(plots, "landscape", lambda paths, **others: drawn.update(paths))
+    monkeypatch.setattr(reporting.plots, "landscape", lambda paths, **others: drawn.update(paths))
     options = ["--pretrained", str(runs / "one" / "model.th"), "--save-dir", str(tmp_path / "run")]
     train_sgd.main([*DIGITS, "--epochs", "2", "--lr", "0.01", *options])
     table = report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
@@ -185,11 +189,11 @@ def test_what_is_not_finished_says_so(runs, warned, tmp_path):
 
 def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     """Oracle: the plane of two components of three samples holds the samples themselves."""
-    args = cli.parse_args(train_sgd.get_options(), DIGITS)
+    args = training.setup.parse_args(train_sgd.get_options(), DIGITS)
     images = utils.load_data(args).test
     samples = utils.load_samples(runs / "one", 0, 3)
     model = models.build("resnet8", 10)
-    basis, _ = utils.pca(samples, 2)
+    basis, _ = utils.pca(samples, 2, model=model)
     copy_into(model, utils.average(samples))
     plane = models.Subspace(model, basis)
     vectors = [
@@ -197,7 +201,7 @@ def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
     ]
     places = np.array([(basis @ (vector - plane.origin)).tolist() for vector in vectors])
     with torch.no_grad():
-        found = analysis.loss_on(plane, images, places)
+        found = reporting.analysis.loss_on(plane, images, places)
     batch, labels = next(images.epoch())
     for sample, loss in zip(samples, found, strict=True):
         network = models.build("resnet8", 10)
@@ -208,9 +212,9 @@ def test_the_loss_on_the_plane_is_the_loss_of_the_networks_in_it(runs):
 
 def probe_of(run):
     """What measures on a run, without options."""
-    trajectory, *others = results.read_save_dir(run, [])
+    trajectory, *others = reporting.results.read_save_dir(run, [])
     options = argparse.Namespace(device="cpu", data_dir=None, arch=None)
-    return analysis.Probe(trajectory, options), [trajectory, *others]
+    return reporting.analysis.Probe(trajectory, options), [trajectory, *others]
 
 
 def test_paths_end_where_the_networks_are(runs, monkeypatch):
@@ -218,10 +222,10 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
 
     The path comes from the coordinates in metrics.jsonl.
     """
-    monkeypatch.setattr(analysis, "GRID", 2)
+    monkeypatch.setattr(reporting.analysis, "GRID", 2)
     probe, found = probe_of(runs / "one")
     samples = utils.load_samples(runs / "one", 0, 7)
-    drawn = analysis.loss_landscape(probe, samples, found)
+    drawn = reporting.analysis.loss_landscape(probe, samples, found)
     paths = drawn["paths"]
     names = [name for name, _ in probe.model.named_parameters()]
     basis = utils.pca(samples, 2, names=names)[0].double()
@@ -232,13 +236,15 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
     middle = torch.stack([vector(sample) for sample in samples]).mean(0)
     average = ("weight average (samples 3–6)", "average")
     for method, folder in (("SGD", "."), ("P-SGD", "psgd"), ("P-BFGS", "pbfgs"), average):
-        end = utils.load_state_dict(runs / "one" / folder / "model.th")
+        end = dldr.trajectory.load_state_dict(runs / "one" / folder / "model.th")
         place = basis @ (vector(end) - middle)
         np.testing.assert_allclose(paths[method][-1], place, rtol=1e-3, atol=1e-3)
     assert len(paths["P-SGD"]) == 3, "the start and two epochs"
     plane = models.Subspace(probe.model, basis.float())  # of the mean, as it was left
     with torch.no_grad():
-        corner = analysis.loss_on(plane, probe.train, np.array([[drawn["x"][0], drawn["y"][1]]]))
+        corner = reporting.analysis.loss_on(
+            plane, probe.train, np.array([[drawn["x"][0], drawn["y"][1]]])
+        )
     assert drawn["loss"][1, 0] == pytest.approx(corner[0], rel=1e-4)
     assert drawn["loss"][0, 1] != pytest.approx(corner[0], rel=1e-2)
     moved = paths["P-SGD, random basis"]
@@ -258,17 +264,17 @@ def test_the_landscape_has_one_host_sync(runs, monkeypatch):
     """Oracle: losses that refuse to be read, but can be stacked."""
     probe, _ = probe_of(runs / "one")
     model = models.Subspace(probe.model, torch.eye(2, 75290))
-    plain = engine.cross_entropy
+    plain = training.losses.cross_entropy
 
     def unread(*arguments):
         loss, output = plain(*arguments)
         return loss.as_subclass(Unread), output
 
     stack = torch.stack
-    monkeypatch.setattr(analysis, "cross_entropy", unread)
+    monkeypatch.setattr(reporting.analysis, "cross_entropy", unread)
     monkeypatch.setattr(torch, "stack", lambda losses: stack(losses).as_subclass(torch.Tensor))
     with torch.no_grad():
-        assert analysis.loss_on(model, probe.train, np.zeros((3, 2))).shape == (3,)
+        assert reporting.analysis.loss_on(model, probe.train, np.zeros((3, 2))).shape == (3,)
 
 
 class Links(html.parser.HTMLParser):
@@ -323,10 +329,10 @@ def test_accuracy_against_k_and_sampled_epochs(sampled, tmp_path):
     for k in (4, 6):
         by_k[k] = train_psgd.main([*options, f"psgd_k{k}", "--n_components", str(k)])["test_acc"]
     train_sgd.main([*DIGITS, "--save-dir", str(save_dir), "--average", "2", "7", "--run", "longer"])
-    runs = results.read([save_dir], [])
+    runs = reporting.results.read([save_dir], [])
 
     def shown(at, fixed):
-        ((_, series),) = report.sweeps(runs, at, fixed)
+        ((_, series),) = reporting.pictures.sweeps(runs, at, fixed)
         return {name: {x: value for x, (value,) in own.items()} for name, own in series.items()}
 
     same = [averages[6]] * 3
@@ -338,7 +344,7 @@ def test_accuracy_against_k_and_sampled_epochs(sampled, tmp_path):
     pictures = {path.name for path in tmp_path.glob("out/*_1_1.png")}
     assert pictures == {"dimensions_1_1.png", "samples_1_1.png"}
     variances = {r.k: r.variance for r in runs if r.kind == "subspace" and len(r.sampled) == 6}
-    ratios = analysis.variance_ratios(utils.load_samples(save_dir, 0, 7))
+    ratios = dldr.spectrum(utils.load_samples(save_dir, 0, 7))
     assert variances == pytest.approx({k: 100 * ratios[:k].sum() for k in (2, 4, 6)}, rel=1e-5)
 
 
@@ -352,7 +358,7 @@ def test_the_page_explains_itself(made):
     terms = links.terms[: links.terms.index("epochs") - 1]
     assert {"c", "n", "k", "P-SGD", "P-BFGS", "random basis", "weight average"} < {*terms}
     explained = {*links.terms, "method"}
-    assert set(results.sections(table).popitem()[1]["results"][0]) < explained
+    assert set(reporting.tables.sections(table).popitem()[1]["results"][0]) < explained
     first = page.index("</table>")
     assert first < page.index("<summary>") < page.index("<table>", first), "under its table"
 
@@ -492,7 +498,7 @@ def test_runs_with_other_settings_are_not_averaged(
     assert f"{name} is {value}, but " in line
     assert row_of(table, "P-SGD")["seeds"] == [1]
     assert row_of(table, "P-BFGS")["seeds"] == ([1] if whole else [1, 2])
-    names = [row["method"] for row in results.results_table(table)]
+    names = [row["method"] for row in reporting.tables.results_table(table)]
     assert ("P-SGD, 1 of 2 seeds" in names) == (not whole)
 
 
@@ -568,7 +574,6 @@ def test_weights_that_cannot_be_read_cost_their_training_accuracy(runs, capsys, 
         ["--basis", "random", "--params_end", "1"],
         ["--start", "6", "--params_end", "4"],
         ["--start", "mean"],
-        ["--shard-basis"],
         ["--pretrained", "MODEL"],
     ],
 )
@@ -627,7 +632,7 @@ def test_the_device_is_asked_for(refused, monkeypatch, runs):
     )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
-    chosen = {name: cli.pick_device(name) for name in ("auto", "cpu", "xpu")}
+    chosen = {name: training.setup.pick_device(name) for name in ("auto", "cpu", "xpu")}
     assert chosen == {"auto": "xpu", "cpu": "cpu", "xpu": "xpu"}
     assert "allowed: auto, cpu, xpu" in refused(report.main, ["--device", "cuda", runs / "one"])
 
@@ -637,13 +642,13 @@ def test_the_device_is_asked_for(refused, monkeypatch, runs):
 
 def test_curves_begin_where_their_runs_do(runs, tmp_path, monkeypatch, undrawn):
     """Oracle: --evaluate of the first sample; a run on samples begins after the last of them."""
-    drawn, draw = {}, plots.curves
+    drawn, draw = {}, reporting.plots.curves
 
     def spy(curves, metrics, looks):
         drawn.update({curve.name: curve for curve in curves})
         return draw(curves, metrics, looks)
 
-    monkeypatch.setattr(plots, "curves", spy)
+    monkeypatch.setattr(reporting.plots, "curves", spy)
     table = report.main([str(runs / "one"), "--out", str(tmp_path / "out")])
     first = ["--evaluate", "--pretrained", str(runs / "one" / "0.pt")]
     start = train_sgd.main([*DIGITS, *first])["test_acc"]
@@ -662,7 +667,7 @@ def test_curves_begin_where_their_runs_do(runs, tmp_path, monkeypatch, undrawn):
 def test_every_run_has_its_own_look():
     variants = ("", ", BN update", ", random basis", ", from mean", ", from sample 6", " (named)")
     methods = ("SGD", "P-SGD", "P-BFGS", "P+-BFGS", "Adam", "AdamW", "c = 0", "c = 0.4")
-    looks = plots.looks(method + variant for method in methods for variant in variants)
+    looks = reporting.plots.looks(method + variant for method in methods for variant in variants)
     assert len({str(look) for look in looks.values()}) == len(methods) * len(variants)
     one, other = looks["P-SGD"], looks["P-SGD, BN update"]
     assert (one["color"], one["marker"]) == (other["color"], other["marker"])
@@ -679,8 +684,8 @@ def test_ticks_are_few_and_do_not_collide(epochs, decades, low, high):
     losses = (low + 1) * np.logspace(-decades, 0, epochs + 1)[None]
     x = np.arange(epochs + 1)
     metrics = {"test_acc": values, "train_loss": losses}
-    curve = plots.Curve("SGD", x, x / 3, metrics)
-    figure = plots.curves([curve], [*metrics], plots.looks(["SGD"]))
+    curve = reporting.plots.Curve("SGD", x, x / 3, metrics)
+    figure = reporting.plots.curves([curve], [*metrics], reporting.plots.looks(["SGD"]))
     figure.canvas.draw()
     labels = [label.get_text() for label in figure.axes[2].get_xticklabels()]
     assert all(re.fullmatch(r"−?\d+", label) for label in labels), labels
@@ -699,7 +704,9 @@ def test_ends_can_be_seen_and_paths_are_said_to_be_projected():
     paths = {"SGD": line, "P-SGD": line + np.array([[1, 0], [0, 0]]), "P-SGD, BN update": line * 1}
     grid = np.linspace(-1, 1, 3)
     loss = 1 + grid[:, None] ** 2 + grid**2
-    figure = plots.landscape(paths, grid, grid, loss, [0.5, 0.25], plots.looks(paths))
+    figure = reporting.plots.landscape(
+        paths, grid, grid, loss, [0.5, 0.25], reporting.plots.looks(paths)
+    )
     axes = figure.axes[0]
     ends = [line for line in axes.lines if len(line.get_xdata()) == 1]
     lengths = [line.get_markersize() for line in ends]
@@ -717,16 +724,16 @@ def test_ends_can_be_seen_and_paths_are_said_to_be_projected():
 @pytest.mark.parametrize("accuracy", [0.0, 100.0, 50.0])
 def test_any_accuracy_can_be_drawn(accuracy):
     series = {"P-SGD": {2: [accuracy, accuracy], 5: [accuracy]}}
-    figure = plots.against("k", series, plots.looks(series), "log")
-    assert plots.image(figure, "png").startswith(b"\x89PNG")
-    assert b"</svg>" in plots.image(figure, "svg")
+    figure = reporting.plots.against("k", series, reporting.plots.looks(series), "log")
+    assert reporting.plots.image(figure, "png").startswith(b"\x89PNG")
+    assert b"</svg>" in reporting.plots.image(figure, "svg")
 
 
 @pytest.mark.parametrize("letters", [3, 30, 60])
 def test_a_legend_is_not_wider_than_its_figure(letters):
     """Oracle: its extent as matplotlib lays it out; with short names it is lower than long."""
     series = {f"{method} {letters * 'x'}": {1: [50.0]} for method in "ABCDEF"}
-    figure = plots.against("k", series, plots.looks(series))
+    figure = reporting.plots.against("k", series, reporting.plots.looks(series))
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 6

@@ -3,7 +3,6 @@
 `pytest tests/test_robust.py -k killed --kills 200` kills the chain that often.
 """
 
-import fcntl
 import json
 import os
 import resource
@@ -14,8 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
-import engine
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -23,10 +21,14 @@ from conftest import DIGITS, program
 from test_options import files
 from torch import nn
 
+import dldr.trajectory
 import models
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.files
+import training.losses
+import training.memory
 import utils
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +54,7 @@ def contents(directory: Path) -> dict:
     for file in sorted(directory.rglob("*")):
         where = str(file.relative_to(directory))
         if file.suffix in (".pt", ".th"):
-            found |= tensors(utils.read_tensors(file), where)
+            found |= tensors(dldr.trajectory.read_tensors(file), where)
         elif file.suffix == ".jsonl":
             found |= tensors([json.loads(line) for line in file.read_text().splitlines()], where)
         elif file.suffix == ".npz":
@@ -96,7 +98,7 @@ def start(name, sampled, tmp_path):
 
 def interrupt(patch, moment: int, number: int = signal.SIGINT) -> list:
     """Let a signal come at that forward pass, counted from 1; returns those there were."""
-    cross_entropy, calls = engine.cross_entropy, []
+    cross_entropy, calls = training.losses.cross_entropy, []
 
     def interrupted(*args):
         calls.append(1)
@@ -118,7 +120,7 @@ def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
 ):
     """At a forward pass of training, of a test or of a search, and once more on the way."""
     script, argv, save_dir = start(name, sampled, tmp_path)
-    cross_entropy = engine.cross_entropy
+    cross_entropy = training.losses.cross_entropy
     calls = interrupt(patch, moment, number)
     for _ in range(2):
         calls.clear()
@@ -157,7 +159,7 @@ def test_an_average_can_be_stopped_and_resumed(sampled, tmp_path, patch, monkeyp
     for name in ("whole", "run"):
         shutil.copytree(sampled, tmp_path / name)
     train_sgd.main([*argv, str(tmp_path / "whole")])
-    cross_entropy, recompute = engine.cross_entropy, engine.recompute_statistics
+    cross_entropy, recompute = training.losses.cross_entropy, training.losses.recompute_statistics
 
     def interrupted(model, batches):
         os.kill(os.getpid(), signal.SIGINT)
@@ -197,7 +199,7 @@ def test_a_second_signal_ends_at_once(tmp_path, patch):
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-dir", str(tmp_path / "run")])
     assert exit.value.code == 143
-    assert not utils.read_tensors(tmp_path / "run" / "checkpoint.pt")["progress"]
+    assert not dldr.trajectory.read_tensors(tmp_path / "run" / "checkpoint.pt")["progress"]
 
 
 def test_what_nohup_ignores_does_not_stop(tmp_path, patch):
@@ -205,7 +207,7 @@ def test_what_nohup_ignores_does_not_stop(tmp_path, patch):
         os.kill(os.getpid(), signal.SIGHUP)
         return cross_entropy(*args)
 
-    cross_entropy = engine.cross_entropy
+    cross_entropy = training.losses.cross_entropy
     patch("cross_entropy", hang_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -366,7 +368,7 @@ def test_what_is_overwritten_takes_no_room(sampled, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("components", ["5", "0.99999"])
 def test_a_basis_that_will_not_fit_is_refused(components, sampled, refused, monkeypatch):
     """resnet8 has 75,290 parameters: two rows of four bytes fit into 700,000 bytes."""
-    monkeypatch.setattr(utils, "free_memory", lambda device: 7e5)
+    monkeypatch.setattr(training.memory, "free_memory", lambda device: 7e5)
     argv = [*SUBSPACE, "--n_components", components, "--save-dir", sampled]
     line = refused(train_psgd.main, argv)
     assert "--n_components" in line
@@ -378,10 +380,12 @@ def test_a_basis_that_will_not_fit_is_refused(components, sampled, refused, monk
 
 def test_free_memory_is_what_the_system_says(monkeypatch):
     """Oracle: an allocation of half of it is possible, and it is not more than there is."""
-    free = utils.free_memory("cpu")
+    free = training.memory.free_memory("cpu")
     assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert utils.free_memory("cpu") < free / 2, "the processes of a machine share its memory"
+    assert training.memory.free_memory("cpu") < free / 2, (
+        "the processes of a machine share its memory"
+    )
 
 
 @pytest.mark.parametrize(
@@ -390,7 +394,7 @@ def test_free_memory_is_what_the_system_says(monkeypatch):
 def test_a_loss_that_is_not_finite_stops(patch, name, cure, sampled, tmp_path, refused):
     """From the fourth batch of the third epoch on; the checkpoint of the second is still there."""
     script, argv, save_dir = start(name, sampled, tmp_path)
-    cross_entropy = engine.cross_entropy
+    cross_entropy = training.losses.cross_entropy
     seed = int(utils.rng(1, "network", 2).integers(2**63, size=6)[3])
 
     def broken(model, images, labels, half):
@@ -402,7 +406,7 @@ def test_a_loss_that_is_not_finite_stops(patch, name, cure, sampled, tmp_path, r
     with pytest.raises(SystemExit) as exit:
         script.main([*argv])
     assert exit.value.code == 1
-    saved = utils.read_tensors(save_dir / RUNS[name][1] / "checkpoint.pt")
+    saved = dldr.trajectory.read_tensors(save_dir / RUNS[name][1] / "checkpoint.pt")
     assert saved["epoch"] == 2
     assert not (save_dir / "3.pt").exists() or name != "sgd"
 
@@ -435,7 +439,7 @@ def test_parameters_that_are_not_finite_stop_though_every_loss_was(tmp_path, cap
 
 def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(tmp_path, patch, capsys):
     """Asked to stop two steps after the loss was nan, and before it is looked at."""
-    cross_entropy, calls = engine.cross_entropy, []
+    cross_entropy, calls = training.losses.cross_entropy, []
 
     def diverging(*args):
         loss, output = cross_entropy(*args)
@@ -449,7 +453,7 @@ def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(tmp_pat
         train_sgd.main([*DIGITS, "--save-every", "1", "--save-dir", str(tmp_path)])
     assert exit.value.code == 1
     assert "epoch 2, step 2" in capsys.readouterr().err
-    assert utils.read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
+    assert dldr.trajectory.read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
 def test_an_epoch_begun_continues_with_its_own_batches(tmp_path, patch, refused, capsys):
@@ -457,7 +461,7 @@ def test_an_epoch_begun_continues_with_its_own_batches(tmp_path, patch, refused,
         os.kill(os.getpid(), signal.SIGINT)
         return cross_entropy(*args)
 
-    cross_entropy = engine.cross_entropy
+    cross_entropy = training.losses.cross_entropy
     patch("cross_entropy", stopped)
     argv = [*DIGITS, "--save-dir", str(tmp_path), "--resume"]
     with pytest.raises(SystemExit):
@@ -480,14 +484,14 @@ def test_a_trial_that_is_not_finite_is_a_rejected_trial():
 # Two runs in one directory
 
 HOLD = """
-import sys, time, checkpoint, pathlib
-with checkpoint.locked(pathlib.Path(sys.argv[1])):
+import filelock, sys, time
+with filelock.FileLock(sys.argv[1] + "/.lock"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_run_says_who_holds_the_directory(tmp_path, refused):
+def test_a_second_run_says_that_another_holds_the_directory(tmp_path, refused):
     directory = tmp_path / "run"
     directory.mkdir()
     command = [sys.executable, "-c", HOLD, str(directory)]
@@ -495,12 +499,12 @@ def test_a_second_run_says_who_holds_the_directory(tmp_path, refused):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         line = refused(train_sgd.main, argv)
-        assert f"in use by process {holder.pid} " in line
-        assert [file.name for file in directory.iterdir()] == ["lock"]
+        assert f"{directory} is in use" in line
+        assert [file.name for file in directory.iterdir()] == [".lock"]
         holder.kill()
     (directory / "0.pt.tmp").write_bytes(b"half")
     (directory / "mine.tmp").write_bytes(b"whole")
-    assert (directory / "lock").exists(), "a killed process leaves it"
+    assert (directory / ".lock").exists(), "a killed process leaves it"
     train_sgd.main([str(word) for word in argv])
     left = {file.name for file in directory.iterdir()}
     assert left == {"0.pt", "1.pt", "checkpoint.pt", "config.json", "metrics.jsonl", "mine.tmp",
@@ -508,8 +512,8 @@ def test_a_second_run_says_who_holds_the_directory(tmp_path, refused):
 
 
 FORK = """
-import os, signal, sys, time, checkpoint, pathlib
-with checkpoint.locked(pathlib.Path(sys.argv[1])):
+import filelock, os, signal, sys, time
+with filelock.FileLock(sys.argv[1] + "/.lock"):
     if os.fork() == 0:
         print(os.getpid(), flush=True)
         time.sleep(60)
@@ -524,7 +528,7 @@ def test_a_process_that_decodes_images_does_not_hold_the_directory_of_one_that_w
         child = int(holder.stdout.readline())
         holder.wait()
         try:
-            with checkpoint.locked(tmp_path):
+            with filelock.FileLock(tmp_path / ".lock", timeout=0):
                 os.kill(child, 0)  # it is still there
         finally:
             os.kill(child, signal.SIGKILL)
@@ -547,7 +551,7 @@ def test_subspace_runs_do_not_hold_each_other_up(sampled, tmp_path):
     save_dir = shutil.copytree(sampled, tmp_path / "run")
     argv = [*SUBSPACE, "--epochs", "1", "--save-dir", str(save_dir)]
     (save_dir / "psgd").mkdir()
-    with checkpoint.locked(save_dir / "psgd"):
+    with filelock.FileLock(save_dir / "psgd" / ".lock"):
         train_pbfgs.main(argv)
 
 
@@ -567,7 +571,7 @@ def test_what_was_decided_is_in_the_config(sampled, tmp_path):
 def end_early(run: Path, epochs: int) -> None:
     """Make a run of six epochs one that was killed after fewer, before a checkpoint was due."""
     (run / "model.th").unlink()
-    begun = utils.read_tensors(run / "checkpoint.pt") | {"rows": []}
+    begun = dldr.trajectory.read_tensors(run / "checkpoint.pt") | {"rows": []}
     torch.save(begun, run / "checkpoint.pt")
     for number in range(epochs + 1, 7):
         (run / f"{number}.pt").unlink()
@@ -605,7 +609,7 @@ KEPT = {
 
 
 def add_progress(file: Path) -> None:
-    torch.save(utils.read_tensors(file) | {"progress": {"batches": 3}}, file)
+    torch.save(dldr.trajectory.read_tensors(file) | {"progress": {"batches": 3}}, file)
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -624,8 +628,8 @@ def test_what_may_be_of_value_is_not_overwritten(name, copy, refused):
 # Refused before data are read
 
 
-def held(*arguments):
-    raise BlockingIOError
+def held(*arguments, **options):
+    raise filelock.Timeout("")
 
 
 EARLY = [
@@ -637,13 +641,13 @@ EARLY = [
     (train_sgd, "--overwrite --arch nowhere:network", "--arch: nowhere:network: No module"),
     (train_sgd, "--evaluate --save-dir nowhere", "--evaluate: nowhere/model.th: there is no such"),
     (train_sgd, "--evaluate --resume nowhere", "--resume: nowhere: there is no such file"),
-    (train_sgd, "--average 0 8", "lacks the samples 7"),
+    (train_sgd, "--average 0 8", "lacks the snapshots 7"),
     (train_psgd, "", "psgd holds a run"),
     (train_psgd, "--overwrite --n_components 7", "--n_components: 7 of 7 samples; allowed"),
     (train_psgd, "--start 7", "7.pt: there is no such file"),
     (train_psgd, "--basis nowhere.npz", "--basis: nowhere.npz: there is no such file"),
     (train_psgd, "--resume --n_components 5", "--n_components: 5 here, 6 in"),
-    (train_psgd, "--overwrite", "is in use by process"),
+    (train_psgd, "--overwrite", "is in use by another process"),
 ]
 
 
@@ -655,8 +659,7 @@ def test_what_can_be_is_refused_before_data_are_read(
     if script is train_psgd:
         script.main([*DIGITS, "--epochs", "1", "--save-dir", str(run)])
     if "in use" in message:
-        (run / "psgd" / "lock").write_text("1234 on earth")
-        monkeypatch.setattr(fcntl, "lockf", held)
+        monkeypatch.setattr(filelock.FileLock, "acquire", held)
     monkeypatch.chdir(tmp_path)
     patch("load_data", lambda args: pytest.fail("data are read"))
     before = files(tmp_path)

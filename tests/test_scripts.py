@@ -16,12 +16,6 @@ import sys
 import termios
 from pathlib import Path
 
-import basis
-import checkpoint
-import cli
-import engine
-import errors
-import network
 import numpy as np
 import pytest
 import torch
@@ -30,11 +24,18 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
+import dldr.trajectory
 import models
 import report
 import train_pbfgs
 import train_psgd
 import train_sgd
+import training.errors
+import training.files
+import training.losses
+import training.network
+import training.setup
+import training.subspaces
 import utils
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,7 @@ def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_subspace(scr
     directory = copy / script.__name__.removeprefix("train_")
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
     ends = [copy / "2.pt", directory / "model.th"]
-    start, end = (utils.load_state_dict(file) for file in ends)
+    start, end = (dldr.trajectory.load_state_dict(file) for file in ends)
     moved = torch.cat([(end[name] - start[name]).flatten() for name in names]).double()
     basis = torch.from_numpy(np.load(directory / "basis.npz")["basis"]).double()
     assert moved.norm() > 0.1
@@ -181,7 +182,7 @@ def test_a_resumed_run_equals_an_unbroken_one(name, sampled, tmp_path, capsys):
             script.main([*options, "--epochs", stop, "--save-dir", str(save_dir), "--resume"])
         ends.append(torch.load(directory / "model.th", weights_only=True)["state_dict"])
         histories.append(rows(directory))
-        samples.append([utils.load_state_dict(save_dir / f"{i}.pt") for i in range(5)])
+        samples.append([dldr.trajectory.load_state_dict(save_dir / f"{i}.pt") for i in range(5)])
     assert histories[0] == histories[1]
     assert len(histories[0]) == 4
     assert same(*ends)
@@ -214,7 +215,7 @@ def test_a_subspace_run_resumes_elsewhere(sampled, tmp_path):
             options = ["--resume"]
         train_psgd.main([*base, *options, "--epochs", "2"])
         assert (run / "psgd" / "basis.npz").exists()
-        ends.append(utils.load_state_dict(run / "psgd" / "model.th"))
+        ends.append(dldr.trajectory.load_state_dict(run / "psgd" / "model.th"))
     assert same(*ends)
 
 
@@ -265,7 +266,9 @@ def test_milestones_that_are_never_reached_are_told(options, warned, tmp_path, c
 def test_optimizers_are_torch_s(name, tmp_path, monkeypatch):
     """Oracle: torch.optim, on the same gradients."""
     model = torch.nn.Linear(3, 2)
-    args = cli.parse_args(train_sgd.get_options(), ["--optimizer", name.lower(), "--wd", "0.1"])
+    args = training.setup.parse_args(
+        train_sgd.get_options(), ["--optimizer", name.lower(), "--wd", "0.1"]
+    )
     args.lr = 0.01
     momentum = {"momentum": 0.9} if name == "SGD" else {}
     twin = copy_module.deepcopy(model)
@@ -306,13 +309,13 @@ def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch):
 
 def test_published_defaults_of_the_subspace_scripts():
     for script in (train_psgd, train_pbfgs):
-        args = cli.parse_args(script.get_options(), [])
+        args = training.setup.parse_args(script.get_options(), [])
         assert (args.arch, args.epochs, args.batch_size) == ("resnet32", 100, 128)
         assert args.params_start == 0  # test_chain.py has what depends on the samples
         assert (args.weight_decay, args.save_every, args.randomseed) == (0, 10, 1)
-    args = cli.parse_args(train_psgd.get_options(), [])
+    args = training.setup.parse_args(train_psgd.get_options(), [])
     assert (args.lr, args.momentum, args.milestones) == (1, 0.9, [30, 50])
-    args = cli.parse_args(train_pbfgs.get_options(), [])
+    args = training.setup.parse_args(train_pbfgs.get_options(), [])
     assert (args.alpha, args.gamma, args.accumulate) == (0, 0.9, 1)
 
 
@@ -347,10 +350,10 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
     train_sgd.main(
         [*DIGITS, "--epochs", "1", "--save-dir", str(fresh), "--pretrained", str(public)]
     )
-    assert same(utils.load_state_dict(fresh / "0.pt"), state)
+    assert same(dldr.trajectory.load_state_dict(fresh / "0.pt"), state)
     train_psgd.main([*SUBSPACE, "--epochs", "1", "--lr", "0", "--save-dir", str(copy),
                      "--pretrained", str(public)])  # fmt: skip
-    end = utils.load_state_dict(copy / "psgd" / "model.th")
+    end = dldr.trajectory.load_state_dict(copy / "psgd" / "model.th")
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
 
 
@@ -371,7 +374,7 @@ def test_weights_of_old_torch_lack_counters_which_are_taken_as_0(copy, tmp_path)
     assert results[0] == results[1] == results[2]
     options = ["--pretrained", str(tmp_path / "old.th"), "--save-dir", str(tmp_path / "fresh")]
     train_sgd.main([*DIGITS, "--epochs", "1", *options])
-    start = utils.load_state_dict(tmp_path / "fresh" / "0.pt")
+    start = dldr.trajectory.load_state_dict(tmp_path / "fresh" / "0.pt")
     counters = {name: torch.tensor(0) for name in state.keys() - old.keys()}
     assert same(start, state | counters)
 
@@ -385,7 +388,7 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refus
     options = ["--datasets", "digits", "--smalldatasets", "0.02", "--epochs", "1", "--pretrained"]
     options += ["--save-dir", str(tmp_path), "--arch"]
     train_sgd.main([*options, "shufflenet_v2_x0_5"])
-    first = utils.load_state_dict(tmp_path / "0.pt")
+    first = dldr.trajectory.load_state_dict(tmp_path / "0.pt")
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
     assert "left as initialized: fc.bias, fc.weight" in capsys.readouterr().out
@@ -399,11 +402,11 @@ def test_half_computes_in_bfloat16_and_keeps_float32(batch):
     model = models.build("resnet8", 10)
     hook = model.conv1.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
     images, labels = batch[0].float(), batch[1]
-    loss, _ = engine.cross_entropy(model, images, labels, half=True)
+    loss, _ = training.losses.cross_entropy(model, images, labels, half=True)
     hook.remove()
     assert kinds == [torch.bfloat16]
     assert loss.dtype == torch.float32
-    full, _ = engine.cross_entropy(model, images, labels, half=False)
+    full, _ = training.losses.cross_entropy(model, images, labels, half=False)
     assert loss.item() == pytest.approx(full.item(), rel=0.02)
     loss.backward()
     assert model.conv1.weight.grad.dtype == torch.float32
@@ -412,7 +415,7 @@ def test_half_computes_in_bfloat16_and_keeps_float32(batch):
 def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
     """Both losses of the Armijo condition equal those of the network run in float32."""
     model = models.build("resnet8", 10)
-    network.copy_into(model, utils.load_state_dict(sampled / "6.pt"))
+    training.network.copy_into(model, dldr.trajectory.load_state_dict(sampled / "6.pt"))
     subspace = models.Subspace(model, torch.nn.functional.normalize(torch.randn(1, 75290)))
     args = train_pbfgs.argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
@@ -425,7 +428,7 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
 
     batch = train_pbfgs.Batch(args, subspace.train(), images, labels, 1.0)
     with train_pbfgs.frozen_buffers(model), torch.no_grad():
-        full, _ = engine.cross_entropy(subspace, images, labels, half=False)
+        full, _ = training.losses.cross_entropy(subspace, images, labels, half=False)
     _, _, start = batch.backward()
     Spy([subspace.coordinates]).step(batch.evaluate, start)
     assert compared == [full, full]
@@ -437,13 +440,15 @@ def test_options_of_pbfgs_reach_the_training(copy, patch):
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
 
     def outside() -> float:
-        start, end = (utils.load_state_dict(copy / name) for name in ("0.pt", "pbfgs/model.th"))
+        start, end = (
+            dldr.trajectory.load_state_dict(copy / name) for name in ("0.pt", "pbfgs/model.th")
+        )
         moved = torch.cat([(end[name] - start[name]).flatten() for name in names])
         basis = torch.from_numpy(np.load(copy / "pbfgs" / "basis.npz")["basis"])
         return float((moved - moved @ basis.T @ basis).norm() / moved.norm())
 
     calls = []
-    real = engine.cross_entropy
+    real = training.losses.cross_entropy
 
     def spy(model, images, labels, half):
         if torch.is_grad_enabled():
@@ -471,10 +476,10 @@ def test_training_loss_is_reported_without_the_penalty(copy):
     assert pbfgs[0] == pbfgs[1]
 
 
-def test_imagenet_has_30_trials(monkeypatch):
+def test_imagenet_has_30_trials(monkeypatch, tmp_path):
     """As published; seen where the optimizer is made, after a loading that is stubbed out."""
     linear = torch.nn.Linear(2, 2)
-    found = basis.Basis(torch.eye(6)[:2], torch.ones(2), "")
+    found = training.subspaces.Basis(torch.eye(6)[:2], torch.ones(2), "")
     results = {"load_subspace_samples": [], "load_data": None, "build_model": linear}
     for name, result in (results | {"load_start": None, "find_basis": found}).items():
         monkeypatch.setattr(train_pbfgs, name, lambda *args, result=result: result)
@@ -482,23 +487,23 @@ def test_imagenet_has_30_trials(monkeypatch):
     class StopError(Exception):
         pass
 
-    def stop(args, directory, data, model, optimizer, basis):
+    def stop(self, data, model, optimizer, basis):
         raise StopError(optimizer.defaults["max_trials"])
 
-    monkeypatch.setattr(train_pbfgs, "Run", stop)
+    monkeypatch.setattr(training.run.Run, "start", stop)
     for datasets, trials in (("ImageNet", "30"), ("CIFAR10", "20")):
         with pytest.raises(StopError, match=trials):
-            train_pbfgs.main(["--datasets", datasets])
+            train_pbfgs.main(["--datasets", datasets, "--save-dir", str(tmp_path)])
 
 
 def test_networks_with_a_version_load(tmp_path):
     """torchvision's MNASNet refuses a plain state dict; ours are copied in."""
     file = tmp_path / "0.pt"
     torch.manual_seed(0)
-    checkpoint.save(file, models.build("mnasnet0_5", 10).state_dict())
+    training.files.save(file, models.build("mnasnet0_5", 10).state_dict())
     model = models.build("mnasnet0_5", 10)
-    network.load_weights(model, file, "mnasnet0_5")
-    assert same(model.state_dict(), utils.load_state_dict(file))
+    training.network.load_weights(model, file, "mnasnet0_5")
+    assert same(model.state_dict(), dldr.trajectory.load_state_dict(file))
 
 
 def test_a_machine_without_git(tmp_path, monkeypatch):
@@ -539,16 +544,16 @@ def test_label_noise_is_the_same_in_all_three_scripts(tmp_path, patch):
 def test_nothing_but_finished_files_is_left(tmp_path, monkeypatch):
     """A write that fails leaves the old file and no temporary one, and ends in a line."""
     file = tmp_path / "0.pt"
-    checkpoint.save(file, {"weight": torch.zeros(1)})
+    training.files.save(file, {"weight": torch.zeros(1)})
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(errors.InputError, match=r"could not be written \(disk full\)"):
-        checkpoint.save(file, {"weight": torch.ones(1)})
+    with pytest.raises(training.errors.InputError, match=r"could not be written \(disk full\)"):
+        training.files.save(file, {"weight": torch.ones(1)})
     assert list(tmp_path.iterdir()) == [file]
-    assert utils.load_state_dict(file)["weight"] == 0
+    assert dldr.trajectory.load_state_dict(file)["weight"] == 0
 
 
 def test_a_basis_is_computed_once_and_again_when_anything_changes(copy, patch, capsys):
@@ -612,7 +617,7 @@ def test_a_network_in_bfloat16_trains(tmp_path, monkeypatch):
     train_sgd.main([*base, "--epochs", "4", "--lr", "0.01"])
     for script in (train_psgd, train_pbfgs):
         script.main([*base, "--params_end", "5", "--n_components", "3", "--epochs", "3"])
-        saved = utils.read_tensors(tmp_path / script.__name__[6:] / "checkpoint.pt")
+        saved = dldr.trajectory.read_tensors(tmp_path / script.__name__[6:] / "checkpoint.pt")
         assert saved["states"]["model"]["coordinates"].dtype == torch.float32
         assert saved["state_dict"]["layer.weight"].dtype == torch.bfloat16
         assert saved["rows"][-1]["train_loss"] < saved["rows"][0]["train_loss"]
@@ -653,7 +658,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path, undrawn):
         samples = utils.load_samples(tmp_path / str(every), 0, last + 1)
         assert not (tmp_path / str(every) / f"{last + 1}.pt").exists()
         for number, sample in enumerate(samples):
-            step = utils.load_state_dict(tmp_path / "1" / f"{(every or 6) * number}.pt")
+            step = dldr.trajectory.load_state_dict(tmp_path / "1" / f"{(every or 6) * number}.pt")
             assert same(dict(sample), step)
     config = json.loads((tmp_path / "4" / "config.json").read_text())
     assert config["sample_epochs"] == pytest.approx([0, 4 / 6, 8 / 6, 2], abs=1e-6)
@@ -666,7 +671,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path, undrawn):
 def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     options = [*DIGITS, "--epochs", "2", "--sample-every", "4", "--save-dir"]
     train_sgd.main([*options, str(tmp_path / "whole")])
-    plain, calls = engine.cross_entropy, iter(range(10**6))
+    plain, calls = training.losses.cross_entropy, iter(range(10**6))
 
     def interrupting(*arguments):
         if next(calls) == 2:
@@ -695,10 +700,10 @@ def test_top_5_from_a_hundred_classes_on():
     def numbers():
         yield torch.arange(60.0).view(60, 1, 1, 1), labels
 
-    row = engine.evaluate(Ready(), numbers(), False)
+    row = training.losses.evaluate(Ready(), numbers(), False)
     for name, k in (("test_acc", 1), ("test_top5", 5)):
         exact = top_k_accuracy_score(labels, scores.double(), k=k, labels=range(100))
         assert row[name] == pytest.approx(100 * exact)
     scores = scores[:, :10]
     labels = labels % 10
-    assert "test_top5" not in engine.evaluate(Ready(), numbers(), False)
+    assert "test_top5" not in training.losses.evaluate(Ready(), numbers(), False)

@@ -2,15 +2,15 @@
 
 import copy
 
-import engine
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import Golden, close
 
+import dldr.subspace as subspace_module
+import training.losses
 import utils
 from models import Subspace, build
-from models import subspace as subspace_module
 
 
 def test_gradient_is_the_projected_gradient(tiny, batch, orthonormal):
@@ -123,7 +123,9 @@ def test_psgd_is_projected_sgd_in_the_full_space(tiny, batch, orthonormal):
     full = torch.optim.SGD(tiny.parameters(), 0.5, 0.9)
     for _ in range(6):
         projected_sgd.zero_grad()
-        (F.cross_entropy(subspace(images), labels) + engine.l2_penalty(args, subspace)).backward()
+        (
+            F.cross_entropy(subspace(images), labels) + training.losses.penalty(args, subspace)
+        ).backward()
         projected_sgd.step()
 
         full.zero_grad()
