@@ -279,8 +279,8 @@ def add_subspace_options(parser: Parser) -> None:
     add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
         help="take every N-th sample")
     add("--basis", type=basis, metavar="BASIS", default="pca",
-        help="pca; schmidt: all directions that the snapshots span; random: K random ones; walk: pca "
-        "of a random walk with steps as long as theirs; or a file, .npz or .npy")
+        help="pca; schmidt: all directions that the snapshots span; random: K random ones; walk: "
+        "pca of a random walk with steps as long as theirs; or a file, .npz or .npy")
     add("--start", type=sample_or_mean, metavar="N",
         help="start at sample N, or at the samples' `mean` (default: --params_start)")
     add("--bn-update", action="store_true",
