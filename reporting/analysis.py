@@ -1,8 +1,10 @@
-"""What the report measures with networks: accuracies, principal components, the loss landscape."""
+"""What the report measures: principal components, accuracies, the loss landscape."""
 
 import argparse
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,93 @@ from tqdm import tqdm
 
 import models
 import utils
-from dldr import Subspace, average, landscape, pca, trainable
+from dldr import Subspace, average, landscape, pca, random_walk_spectrum, trainable
+from dldr.pca import gram_matrix, principal_axes, step_lengths, with_names
 from dldr.trajectory import load_samples, load_state_dict, snapshot_numbers
-from reporting.results import Experiment, Result, grouped, noting, plain
+from reporting.results import Experiment, Result, grouped, one_per_name, skipping
 from training.files import sample_range
 from training.losses import cross_entropy, evaluate
 from training.network import copy_into, load_weights
 from training.subspaces import load_basis
 
 TRAINING_IMAGES = 5000  # at most this many are used for the training accuracy
-GRID, GRID_IMAGES = 21, 500  # points a side of the loss landscape, and images for its loss
+GRID = 21  # points a side of the loss landscape
+# The landscape's images: at most so many, and fewer where all together have more pixels than this,
+# but at least so many, for BatchNorm. A point costs a forward pass of them.
+LANDSCAPE_IMAGES, LANDSCAPE_PIXELS, LANDSCAPE_LEAST = 500, 2**17, 16
 Samples = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass
+class Measured:
+    """What the figures need beside the results.
+
+    `grid` is the number of points a side of the landscape; 0 for none.
+    """
+
+    grid: int = 0
+    grams: dict[Path, "Gram"] = field(default_factory=dict)  # by the trajectory's directory
+    probes: dict[Experiment, "Probe"] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------- principal components
+
+
+class Gram:
+    """The snapshots of a trajectory as their Gram matrix: read once, for the spectra of any."""
+
+    def __init__(self, directory: Path, numbers: Sequence[int]) -> None:
+        """Raises ValueError for snapshots that have no common parameters, or are not finite."""
+        snapshots = [load_samples(directory, number, number + 1)[0] for number in numbers]
+        self.row = {number: row for row, number in enumerate(numbers)}
+        self.matrix = gram_matrix(*with_names(snapshots, None))
+
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether all of these snapshots have been read."""
+        return self.row.keys() >= set(numbers)
+
+    def spectra(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`dldr.spectrum` of T snapshots, and that of a random walk with their steps, (T − 1,).
+
+        Raises ValueError where the snapshots are all the same.
+        """
+        rows = [self.row[number] for number in numbers]
+        gram = self.matrix[rows][:, rows]
+        steps = step_lengths(gram)
+        if not steps.any():
+            raise ValueError("the snapshots are all the same")
+        centered = gram - gram.mean(0)
+        variances, _ = principal_axes(centered - centered.mean(1, keepdim=True))
+        variances = variances.clamp(min=0)
+        return (variances / variances.sum())[:-1], random_walk_spectrum(steps)
+
+
+def read_snapshots(results: Sequence[Result], problems: list[str]) -> dict[Path, Gram]:
+    """The Gram matrices of the trajectories; the results' `walk` is set from them."""
+    grams = {}
+    for directory, runs in grouped(results, lambda r: r.trajectory.directory).items():
+        with skipping(problems, f"{directory}: principal components"):
+            explained = [run for run in runs if run.variance is not None]
+            used = {number for run in explained for number in run.config["samples"]}
+            used.update(shown_snapshots(runs))
+            gram = Gram(directory, sorted(used.intersection(snapshot_numbers(directory))))
+            for run in explained:
+                if gram.has(run.config["samples"]):
+                    _, walk = gram.spectra(run.config["samples"])
+                    run.walk = 100 * float(walk[: run.k].sum())
+            grams[directory] = gram
+    return grams
+
+
+def shown_snapshots(runs: Sequence[Result]) -> list[int]:
+    """The snapshots in the figures: of the first subspace run on a trajectory, else all of it."""
+    subspaces = [run for run in one_per_name(runs) if run.kind == "subspace"]
+    if subspaces:
+        return list(subspaces[0].config["samples"])
+    return snapshot_numbers(runs[0].trajectory.directory)
+
+
+# --------------------------------------------------------------------------------------- accuracies
 
 
 class Probe:
@@ -43,7 +121,9 @@ class Probe:
         which = random.permutation(len(labels))[:TRAINING_IMAGES]
         self.correct = labels[which] == train.labels[which]
         split = train._replace(images=train.images[which], labels=labels[which])
-        self.train = utils.make_loader(split, args, GRID_IMAGES)
+        self.train = utils.make_loader(split, args, LANDSCAPE_IMAGES)
+        most = max(LANDSCAPE_LEAST, LANDSCAPE_PIXELS // args.image_size**2)
+        self.landscape_images = min(len(which), LANDSCAPE_IMAGES, most)
         self.test = utils.make_loader(test, args)
         self.model = models.build(args.arch, classes, args.image_size).to(args.device).eval()
         self.args, self.trajectory = args, trajectory
@@ -75,30 +155,42 @@ def measure(
     Returns a Probe of a trajectory of each experiment.
     """
     probes: dict[Experiment, Probe] = {}
-    for directory, own in grouped(results, lambda r: r.trajectory.directory).items():
-        with noting(problems, f"{directory}: training accuracy and landscape"):
-            probe, trajectory = Probe(own[0].trajectory, options), own[0].trajectory
-            probes.setdefault(own[0].experiment, probe)
+    for directory, runs in grouped(results, lambda r: r.trajectory.directory).items():
+        with skipping(problems, f"{directory}: training accuracy and landscape"):
+            trajectory = runs[0].trajectory
+            probe = Probe(trajectory, options)
+            probes.setdefault(runs[0].experiment, probe)
             trajectory.start = probe.start_accuracy(trajectory)
             if trajectory.arguments["pretrained"] and trajectory.start is not None:
-                row = {"epoch": 0, "seconds": 0.0, "test_acc": trajectory.start}
-                before = replace(
-                    trajectory, kind="pretrained", method="pretrained", rows=[row], start=None,
-                    weights=directory / "0.pt",
-                )  # fmt: skip
-                own.append(before)
+                before = pretrained(trajectory)
+                runs.append(before)
                 results.insert(results.index(trajectory), before)
-            for result in tqdm(own, "training accuracy", disable=None, leave=False):
-                with noting(problems, f"{result.directory}: training accuracy"):
+            for result in tqdm(runs, "training accuracy", disable=None, leave=False):
+                with skipping(problems, f"{result.directory}: training accuracy"):
                     if result.kind in ("subspace", "continued"):
                         result.start = probe.start_accuracy(result)
                     if result.weights and result.weights.exists():
-                        result.fits = probe.training_accuracy(result.weights)
+                        result.train = probe.training_accuracy(result.weights)
     return probes
 
 
+def pretrained(trajectory: Result) -> Result:
+    """The network that a trajectory started from, once its test accuracy has been measured."""
+    row = {"epoch": 0, "seconds": 0.0, "test_acc": trajectory.start}
+    weights = trajectory.directory / "0.pt"
+    return replace(
+        trajectory,
+        kind="pretrained",
+        method="pretrained",
+        variant={},
+        rows=[row],
+        start=None,
+        weights=weights,
+    )
+
+
 def load(result: Result, numbers: range) -> Samples:
-    """Samples of a result's trajectory, [] if some have been removed to save disk space."""
+    """Snapshots of a result's trajectory, [] if some have been removed to save disk space."""
     directory = result.trajectory.directory
     try:
         return load_samples(directory, numbers.start, numbers.stop, numbers.step)
@@ -107,31 +199,30 @@ def load(result: Result, numbers: range) -> Samples:
 
 
 def started_from(result: Result) -> range:
-    """The samples (usually one) whose mean training started from; none for another file."""
-    arguments, start = result.arguments, result.arguments.get("start")
+    """The snapshots (usually one) whose mean training started from; none for another file."""
+    arguments, start = result.arguments, result.variant.get("start")
     if start == "mean":
         return sample_range(arguments)
-    if result.kind == "subspace" and start is None and arguments["pretrained"]:
-        return range(0)
     if start is None:
+        if result.kind == "subspace" and arguments["pretrained"]:
+            return range(0)
         start = arguments["params_start" if result.kind == "subspace" else "start_epoch"]
     return range(start, start + 1)
 
 
-def samples_of(results: Sequence[Result]) -> Samples:
-    """The samples of the first subspace run on a trajectory, else all; [] where some are gone."""
-    numbers = snapshot_numbers(results[0].trajectory.directory)
-    used = range(numbers[0], numbers[-1] + 1) if numbers else range(0)
-    subspaces = [result for result in plain(results) if result.kind == "subspace"]
-    return load(results[0], sample_range(subspaces[0].arguments) if subspaces else used)
+# --------------------------------------------------------------------------------------- landscape
 
 
 @torch.no_grad()
-def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) -> dict[str, Any]:
-    """The loss on the plane of the samples' first two principal components: what plots draws.
+def loss_landscape(
+    probe: Probe, numbers: Sequence[int], results: Sequence[Result], grid: int
+) -> dict[str, Any]:
+    """The loss on the plane of the snapshots' first two components: what plots.landscape draws.
 
-    `results` are of the probe's trajectory. Raises ValueError where the samples span no plane.
+    `results` are of the probe's trajectory. Raises ValueError where the snapshots span no plane.
     """
+    directory = probe.trajectory.directory
+    samples = [load_samples(directory, number, number + 1)[0] for number in numbers]
     names = list(trainable(probe.model))
     basis, ratios = pca(samples, 2, names=names, device=probe.args.device)
     copy_into(probe.model, average(samples))
@@ -141,44 +232,65 @@ def loss_landscape(probe: Probe, samples: Samples, results: Sequence[Result]) ->
         vector = torch.cat([state[name].reshape(-1) for name in names]).to(basis.device)
         return (basis @ (vector - plane.origin)).cpu().numpy()
 
-    found = {result.title: path_of(result, basis, project) for result in plain(results)}
-    paths = {title: np.array(path) for title, path in found.items() if path}
+    paths = {run.title: path_of(run, basis, project) for run in one_per_name(results)}
+    paths = {title: np.array(path) for title, path in paths.items() if path}
     points = np.concatenate(list(paths.values()))
     low, high = points.min(0), points.max(0)
     room = 0.15 * (high - low).max()
-    x, y = np.linspace(low - room, high + room, GRID).T
-    loss = loss_on(plane, probe.train, np.stack(np.meshgrid(x, y), -1).reshape(-1, 2))
-    loss = loss.reshape(GRID, GRID)
+    x, y = np.linspace(low - room, high + room, grid).T
+    points = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+    images, labels = next(probe.train.epoch())
+    batch = images[: probe.landscape_images], labels[: probe.landscape_images]
+    loss = loss_on(plane, batch, points).reshape(grid, grid)
     return {"paths": paths, "x": x, "y": y, "loss": loss, "ratios": ratios.tolist()}
 
 
 def path_of(result: Result, basis: Tensor, project: Callable) -> list[np.ndarray]:
-    """Where a run went on the plane of a basis (2, n), a point an epoch; [] where not known."""
+    """Where a run went on the plane of a basis (2, n), a point an epoch; [] without records."""
     if result.kind != "subspace":
         directory, files = result.directory, [result.weights]
         if result.kind in ("full", "continued"):
             files = [directory / f"{number}.pt" for number in snapshot_numbers(directory)]
         return [project(load_state_dict(file)) for file in files if file.exists()]
     start = load(result, started_from(result))
-    own = load_basis(result.directory / "basis.npz", basis.shape[1])
-    if not start or own is None or any("coordinates" not in row for row in result.rows):
+    trained = load_basis(result.directory / "basis.npz", basis.shape[1])
+    if not start or trained is None or any("coordinates" not in row for row in result.rows):
         return []
     coordinates = np.array([row["coordinates"] for row in result.rows])
-    turn = own.vectors.to(basis) @ basis.T  # (k, 2)
+    turn = trained.vectors.to(basis) @ basis.T  # (k, 2)
     moved = coordinates @ turn.cpu().numpy()
     start = project(average(start))
     return [start, *(start + moved)]
 
 
-def loss_on(plane: Subspace, images: Any, points: np.ndarray) -> np.ndarray:
+def loss_on(plane: Subspace, batch: tuple[Tensor, Tensor], points: np.ndarray) -> np.ndarray:
     """The loss at each point (P, 2), on one batch, with BatchNorm's statistics of the batch.
 
     Running statistics belong to the network at which they were gathered, and mislead elsewhere.
     """
-    batch, labels = next(images.epoch())
+    images, labels = batch
     plane.eval()
     for layer in plane.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.train()
-    losses = landscape(lambda: cross_entropy(plane, batch, labels, False)[0], plane, points)
-    return losses.cpu().numpy()  # the only host sync
+    what = f"loss landscape of {len(images)} images"
+    loss = announced(lambda: cross_entropy(plane, images, labels, False)[0], what, len(points))
+    return landscape(loss, plane, points).cpu().numpy()  # the only host sync
+
+
+def announced(function: Callable[[], Any], what: str, total: int) -> Callable[[], Any]:
+    """The function, which says every half minute how often it was called.
+
+    It is silent on a terminal, which has a progress bar.
+    """
+    done, last = 0, -30.0
+
+    def call() -> Any:
+        nonlocal done, last
+        if not sys.stderr.isatty() and time.monotonic() - last >= 30:
+            print(f"{what}: {done} of {total} points", flush=True)
+            last = time.monotonic()
+        done += 1
+        return function()
+
+    return call

@@ -1,11 +1,13 @@
 """Draws the figures of the report. It is given numbers, and knows nothing of runs and files."""
 
 import io
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -33,29 +35,26 @@ METRICS = {
     "step_length": ("length of a step ‖s‖", "log"),
 }
 PERCENT = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.9)  # ticks of a logit scale
-Looks = Mapping[str, Mapping[str, Any]]
+Styles = Mapping[str, Mapping[str, Any]]
+NARROW = 4.5  # inches, of a figure for narrow pages
 
 
-def looks(names: Iterable[str]) -> Looks:
-    """How each run is drawn, no two alike: keywords of `Axes.plot`.
-
-    A name is a method and, after a comma or in parentheses, its variant.
-    """
-    methods, variants, found = dict(METHODS), Counter(), {}
-    for name in dict.fromkeys(names):
-        method = name.partition(",")[0].partition(" (")[0]
-        color, marker = methods.setdefault(method, OTHERS[len(methods) % len(OTHERS)])
-        found[name] = {"color": color, "marker": marker, "markerfacecoloralt": "white"}
-        found[name]["linestyle"] = LINES[variants[method] % len(LINES)]
-        found[name]["fillstyle"] = FILLS[variants[method] % len(FILLS)]
+def styles(methods: Mapping[str, str]) -> Styles:
+    """How each run is drawn, no two alike, given its method: keywords of `Axes.plot`."""
+    looks, variants, drawn = dict(METHODS), Counter(), {}
+    for name, method in methods.items():
+        color, marker = looks.setdefault(method, OTHERS[len(looks) % len(OTHERS)])
+        drawn[name] = {"color": color, "marker": marker, "markerfacecoloralt": "white"}
+        drawn[name]["linestyle"] = LINES[variants[method] % len(LINES)]
+        drawn[name]["fillstyle"] = FILLS[variants[method] % len(FILLS)]
         variants[method] += 1
-    return found
+    return drawn
 
 
 def image(figure: Figure, kind: str) -> bytes:
-    """The figure as a file, "png" or "svg"."""
+    """The figure as a file, "png", "svg" or "pdf"."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=150)
+    figure.savefig(stream, format=kind, dpi=150, bbox_inches="tight")
     return stream.getvalue()
 
 
@@ -77,7 +76,7 @@ class LogitLocator(MaxNLocator):
 
 
 def set_scale(axis: Axis, scale: str) -> None:
-    """Draw on a scale, "linear", "log" or "logit" of percent, with plain numbers as labels."""
+    """Draw on a scale, "linear", "log" or "logit" of percent, with decimal numbers as labels."""
     if scale == "logit":
         axis.axes.set_yscale("function", functions=(logit, lambda y: 100 / (1 + np.exp(-y))))
         axis.set_major_locator(LogitLocator(6))
@@ -91,12 +90,26 @@ def set_scale(axis: Axis, scale: str) -> None:
 
 def add_legend(figure: Figure, handles: Sequence, names: Sequence[str], **settings: str) -> None:
     """A legend above the axes, in as many columns, up to three, as fit beside each other."""
+    names = [textwrap.fill(name, round(11 * figure.get_figwidth())) for name in names]
     for columns in (3, 2, 1):
         settings |= {"loc": "outside upper center", "ncols": columns}
         legend = figure.legend(handles, names, **settings)
         if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
             return
         legend.remove()
+
+
+def panels(
+    rows: int, columns: int, size: tuple[float, float], narrow: bool, **shared: str
+) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches and its axes (rows, columns), all below each other if narrow."""
+    if not narrow:
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+    width, height = size[0] / columns, size[1] / rows
+    count = rows * columns
+    figure = Figure(figsize=(NARROW, count * height * NARROW / width), layout="constrained")
+    return figure, figure.subplots(count, 1, squeeze=False).reshape(rows, columns)
 
 
 class Curve(NamedTuple):
@@ -108,94 +121,133 @@ class Curve(NamedTuple):
     metrics: Mapping[str, np.ndarray]  # (S, E), NaN where there is none
 
 
-def curves(shown: Sequence[Curve], metrics: Sequence[str], looks: Looks) -> Figure:
+def curves(
+    shown: Sequence[Curve], metrics: Sequence[str], styles: Styles, narrow: bool = False
+) -> Figure:
     """Two of METRICS over epochs and seconds: the mean, and the range of seeds."""
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    figure, grid = panels(2, 2, (9, 7), narrow, sharex="col", sharey="row")
     for row, metric in zip(grid, metrics, strict=True):
         label, scale = METRICS[metric]
-        set_scale(row[0].yaxis, scale)
-        row[0].set_ylabel(label)
+        for axes in row:
+            set_scale(axes.yaxis, scale)
+            axes.set_ylabel(label)
+            axes.grid(which="both", alpha=0.3)
         for curve in shown:
-            y, look = curve.metrics[metric], looks[curve.name]
+            y, style = curve.metrics[metric], styles[curve.name]
             for axes, x in zip(row, (curve.epochs, curve.seconds), strict=True):
-                axes.plot(x, y.mean(0), label=curve.name, markevery=[-1], **look)
-                axes.fill_between(x, y.min(0), y.max(0), color=look["color"], alpha=0.15, lw=0)
-                axes.grid(which="both", alpha=0.3)
-    grid[1, 0].set_xlabel("total epochs, sampling included")
-    grid[1, 1].set_xlabel("seconds of training, sampling included")
-    grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.plot(x, y.mean(0), label=curve.name, markevery=[-1], **style)
+                axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, lw=0)
+        row[0].set_xlabel("total epochs, sampling included")
+        row[1].set_xlabel("seconds of training, sampling included")
+        row[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not narrow:
+        for axes in grid.flat:
+            axes.label_outer()
     add_legend(figure, *grid[0, 0].get_legend_handles_labels())
     return figure
 
 
-def variance(ratios: np.ndarray, used: Sequence[int]) -> Figure:
-    """Explained variance ratios (T − 1,) of T samples one by one and added up; k is marked."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+def variance(
+    ratios: np.ndarray, walk: np.ndarray, used: Sequence[int], narrow: bool = False
+) -> Figure:
+    """Explained variance ratios (T − 1,) of T snapshots one by one and added up; k is marked.
+
+    Beside them are those of a random walk with the same step lengths.
+    """
+    figure, grid = panels(1, 2, (9, 3.8), narrow)
     count = np.arange(1, len(ratios) + 1)
-    left, right = figure.subplots(1, 2)
-    set_scale(left.yaxis, "log")
-    explained, both = (left, ratios, "explained variance"), (right, ratios.cumsum(), "cumulative")
-    for axes, y, label in (explained, both):
-        axes.plot(count, 100 * y, "o-", color="#0072B2", markersize=4)
-        axes.set(xlabel=f"principal component of {len(count) + 1} samples", ylabel=f"{label} (%)")
+    set_scale(grid[0, 0].yaxis, "log")
+    for axes, label, summed in zip(
+        grid[0], ("explained", "cumulative"), (False, True), strict=True
+    ):
+        for name, values, style in (
+            ("trajectory", ratios, {"color": "#0072B2", "marker": "o", "markersize": 4}),
+            ("random walk with the same step lengths", walk, {"color": "#7F7F7F", "ls": "--"}),
+        ):
+            axes.plot(count, 100 * (values.cumsum() if summed else values), label=name, **style)
+        axes.set_xlabel(f"principal component of {len(count) + 1} snapshots")
+        axes.set_ylabel(f"{label} variance (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(which="both", alpha=0.3)
         beside = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right"}
         for k in used:
             axes.axvline(k + 0.5, color="#D55E00", linestyle="--")
             axes.text(k + 0.5, 0.5, f"k = {k}", color="#D55E00", **beside)
+    add_legend(figure, *grid[0, 0].get_legend_handles_labels())
     return figure
 
 
 def landscape(
-    paths: Mapping[str, np.ndarray], x: np.ndarray, y: np.ndarray, loss: np.ndarray,
-    ratios: Sequence[float], looks: Looks,
-) -> Figure:  # fmt: skip
+    paths: Mapping[str, np.ndarray],
+    x: np.ndarray,
+    y: np.ndarray,
+    loss: np.ndarray,
+    ratios: Sequence[float],
+    styles: Styles,
+    narrow: bool = False,
+) -> Figure:
     """Contours of the loss (Y, X), and on them the paths (E, 2) in the plane of two components."""
-    loss = np.nan_to_num(loss, nan=1e6, posinf=1e6).clip(1e-6, 1e6)
     height = 2.5 + 6 * np.clip(np.ptp(y) / np.ptp(x), 0.4, 1.5)
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
+    figure, grid = panels(1, 1, (8, height), narrow)
+    axes = grid[0, 0]
+    draw_contours(axes, x, y, loss)
+    draw_paths(axes, paths, styles)
+    axes.set_aspect("equal", anchor="N")
+    axes.set_xlabel(f"along the first principal component ({ratios[0]:.1%})")
+    axes.set_ylabel(f"along the second ({ratios[1]:.1%})")
+    add_legend(figure, *axes.get_legend_handles_labels(), title="paths (large marker: the end)")
+    return figure
+
+
+def draw_contours(axes: Axes, x: np.ndarray, y: np.ndarray, loss: np.ndarray) -> None:
+    """Shades of gray for the loss (Y, X), and a color bar as tall as the axes."""
+    loss = np.nan_to_num(loss, nan=1e6, posinf=1e6).clip(1e-6, 1e6)
     grays = LinearSegmentedColormap.from_list("light", ["#FFFFFF", "#808080"])
     levels = np.geomspace(loss.min(), loss.max() * (1 + 1e-6), 13)
     filled = axes.contourf(x, y, loss, levels, cmap=grays, norm=LogNorm())
     axes.contour(x, y, loss, levels, colors="#606060", linewidths=0.4)
-    figure.colorbar(filled, label="training loss", format="%.2g")
+    bar = axes.inset_axes([1.03, 0, 0.04, 1])
+    axes.figure.colorbar(filled, cax=bar, label="training loss", format="%.2g")
+
+
+def draw_paths(axes: Axes, paths: Mapping[str, np.ndarray], styles: Styles) -> None:
+    """Paths (E, 2), those that are the same once, and their ends above all of them."""
     edge = [withStroke(linewidth=3.5, foreground="white")]
     for number, (name, path) in enumerate(paths.items()):
         # BN update, for one, does not change a path.
         same = [other for other in paths if np.array_equal(paths[other], path)]
         if name != same[0]:
             continue
-        axes.plot(*path.T, label=" = ".join(same), markersize=4, path_effects=edge, **looks[name])
-        # Ends are above all paths, later ones smaller: where several meet, all can be seen.
+        axes.plot(*path.T, label=" = ".join(same), markersize=4, path_effects=edge, **styles[name])
+        # Later ends are smaller: where several meet, all can be seen.
         end = {"markersize": 12 - 5 * number / len(paths), "zorder": 3 + number}
-        axes.plot(*path[-1:].T, path_effects=edge, **looks[name], **end)
-    axes.set_aspect("equal")
-    axes.set_xlabel(f"along the first principal component ({ratios[0]:.1%} of the variance)")
-    axes.set_ylabel(f"along the second ({ratios[1]:.1%})")
-    title = f"This plane explains {sum(ratios):.1%} of the samples' variance.\n"
-    title += "Paths outside it, such as those in other subspaces, are projected onto it."
-    axes.set_title(title, fontsize=10)
-    add_legend(figure, *axes.get_legend_handles_labels(), title="paths (large marker: the end)")
-    return figure
+        axes.plot(*path[-1:].T, path_effects=edge, **styles[name], **end)
 
 
 def against(
-    setting: str, series: Mapping[str, Mapping[float, Sequence[float]]], looks: Looks,
+    setting: str,
+    series: Mapping[str, Mapping[float, Sequence[float]]],
+    styles: Styles,
+    levels: Mapping[str, Sequence[float]] | None = None,
     scale: str = "linear",
-) -> Figure:  # fmt: skip
-    """Final test accuracies {name: {value of the setting: one a seed}}: mean ± deviation."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
+    narrow: bool = False,
+) -> Figure:
+    """Final test accuracies {name: {value of the setting: one a seed}}: mean ± deviation.
+
+    `levels`, one a seed of what has no such setting, are lines at their mean.
+    """
+    figure, grid = panels(1, 1, (8, 5.5), narrow)
+    axes = grid[0, 0]
     set_scale(axes.xaxis, scale)
     set_scale(axes.yaxis, "logit")
+    for name, values in (levels or {}).items():
+        style = styles[name] | {"marker": "", "alpha": 0.7}
+        axes.axhline(np.mean(values), label=name, **style)
     for number, (name, values) in enumerate(series.items()):
         x = sorted(values)
         mean = [np.mean(values[at]) for at in x]
         std = [np.std(values[at], ddof=min(1, len(values[at]) - 1)) for at in x]
-        bars = axes.errorbar(x, mean, std, label=name, capsize=3, **looks[name])
+        bars = axes.errorbar(x, mean, std, label=name, capsize=3, **styles[name])
         shift = 3 * (number - len(series) // 2)
         beside = offset_copy(axes.transData, figure, shift, units="points")
         for artist in bars.get_children():

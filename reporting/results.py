@@ -1,7 +1,7 @@
-"""Reads the runs of save dirs; no networks, no pictures.
+"""Reads the runs of save dirs; no networks, no figures.
 
-A save dir holds a run of train_sgd.py, the trajectory, and in its folders the runs on its samples.
-What cannot be used is left out, with a line in a list of problems.
+A save dir holds a run of train_sgd.py, the trajectory, and in its folders the runs that build on
+its snapshots. What cannot be used is left out, with a line in a list of problems.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 from training.files import EXPERIMENT, PREPROCESSING, fingerprint
 
 # What seeds of one experiment have to share, beside what the table shows.
-SETTINGS = ("lr", "momentum", "milestones", "weight_decay", "batch_size", "optimizer", "half")
+SETTINGS = ("lr", "momentum", "milestones", "schedule", "weight_decay", "batch_size", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
 SETTINGS += ("image_size", *PREPROCESSING)
-KINDS = {"sgd": "full", "average": "average"}  # all other methods train in a subspace
-METHODS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
+# Methods and optimizers; others go by the name that their script recorded.
+NAMES = {"average": "weight average", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", None: "SGD"}
 
 
 class Experiment(NamedTuple):
@@ -41,9 +42,10 @@ class Experiment(NamedTuple):
 class Result:
     """A trained network: one seed of a row of the table.
 
-    `kind` is "full" for a trajectory, "partial" for one up to its last sample in use, "continued"
-    for one that goes on from a sample of another, "average" or "subspace", and "pretrained" for the
-    network that a trajectory started from.
+    `kind` is "full" for a trajectory, "partial" for one up to its last snapshot in use, "continued"
+    for one that goes on from a snapshot of another, "average" or "subspace", and "pretrained" for
+    the network that a trajectory started from. `variant` holds what distinguishes it from other
+    runs of its method; see `variant_of`.
     """
 
     kind: str
@@ -53,33 +55,46 @@ class Result:
     trajectory: "Result | None" = None  # None: this is one
     sampled: list[dict] = field(default_factory=list)  # rows of the trajectory that it builds on
     method: str = ""
+    variant: dict[str, Any] | None = None
     weights: Path | None = None
-    fits: Sequence[float | None] = (None, None, None)  # see analysis.Probe.training_accuracy
+    train: Sequence[float | None] = (None, None, None)  # see analysis.Probe.training_accuracy
     start: float | None = None  # test accuracy of the network that training started from
+    walk: float | None = None  # percent of its variance that a random walk would explain
 
     def __post_init__(self) -> None:
         self.arguments = self.config["arguments"]
         self.trajectory = self.trajectory or self
         self.experiment = experiment_of(self.trajectory.config)
-        self.seed = self.trajectory.config["arguments"]["randomseed"]
+        self.seed = self.trajectory.arguments["randomseed"]
         self.method = self.method or method_of(self.config)
+        self.variant = variant_of(self.config) if self.variant is None else self.variant
         self.k = 0 if self.kind == "average" else self.config.get("k", "n")
-        self.variance = self.config.get("explained_variance")  # of its samples, in percent
+        self.variance = self.config.get("explained_variance")  # of its snapshots, in percent
         self.epochs = sum(row["epoch"] > 0 for row in self.rows)
         self.final = self.rows[-1]["test_acc"]
-        self.name = (self.arguments.get("run") or "") if self.kind == "subspace" else ""
-        done = self.rows[-1]["epoch"]
+        self.run = self.arguments["run"] if self.kind == "subspace" else None
+        self.done = self.rows[-1]["epoch"]
         self.sessions = self.config.get("sessions", [self.config])  # one for each start
-        last = self.sessions[-1]["arguments"]["epochs"]
-        self.finished = self.kind == "partial" or not 0 < done < last
-        self.title = self.method + (f" ({self.name})" if self.name else "")
-        self.title += "" if self.finished else f", {done} of {last} epochs so far"
+        self.last = self.sessions[-1]["arguments"]["epochs"]
+        self.finished = self.kind == "partial" or not 0 < self.done < self.last
+
+    @property
+    def name(self) -> str:
+        """The method and its variant."""
+        return name_of(self.method, self.variant)
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        run = f" ({self.run})" if self.run else ""
+        state = "" if self.finished else f", {self.done} of {self.last} epochs so far"
+        return self.name + run + state
 
     @property
     def is_of_later_half(self) -> bool:
-        """Whether it is the average of the later half of the samples 1 … T."""
-        numbers = self.config.get("samples", [0])
-        return self.kind == "average" and numbers[0] == numbers[-1] // 2 + 1
+        """Whether it is the average of the later half of the snapshots 1 … T."""
+        first, last = self.variant.get("snapshots", (0, 0))
+        return self.kind == "average" and first == last // 2 + 1
 
     def seconds(self, rows: int) -> float:
         """Of training, sampling included, until the metrics have so many rows.
@@ -95,14 +110,7 @@ class Result:
         return {f"{s}{of}": run.arguments.get(s) for of, run in runs.items() for s in SETTINGS}
 
 
-@contextlib.contextmanager
-def noting(problems: list[str], where: Any) -> Iterator[None]:
-    """Add what fails inside to `problems`, as one line, instead of raising it."""
-    try:
-        yield
-    except Exception as error:  # files that were cut or edited have many ways to be wrong
-        text = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        problems.append(f"{where}: {' '.join(text.split()) or type(error).__name__}")
+# ------------------------------------------------------------------- what a run is, by its records
 
 
 def experiment_of(config: Mapping[str, Any]) -> Experiment:
@@ -116,28 +124,79 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     return Experiment(data, arguments["arch"], config["n"], float(arguments["corrupt"]))
 
 
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The kind of a run: all that has a basis trained in a subspace."""
+    if config["arguments"]["basis"]:
+        return "subspace"
+    return "average" if config["method"] == "average" else "full"
+
+
 def method_of(config: Mapping[str, Any]) -> str:
-    """What a run did, as the table names it."""
-    arguments, method = config["arguments"], config["method"]
-    if method == "average":
-        first, last = config["samples"][0], config["samples"][-1]
-        which = f"samples {first}–{last}" if first < last else f"sample {first}"
-        return f"weight average ({which})"
+    """The method of a run: its script's, and its optimizer's name where that decides."""
+    method, arguments = config["method"], config["arguments"]
+    optimizer = config.get("optimizer") or OPTIMIZERS[arguments["optimizer"]]
     if method == "sgd":
-        return METHODS[arguments["optimizer"]]
-    name = "P+-BFGS" if arguments["alpha"] else METHODS.get(method, method)
-    start = arguments["start"]
-    if arguments["basis"] != "pca":
-        name += f", {Path(arguments['basis']).name} basis"
-    if start == "mean":
-        name += ", from mean"
-    elif start is not None:
-        name += f", from sample {start}"
-    return name + (", BN update" if arguments["bn_update"] else "")
+        return optimizer
+    if method == "psgd":
+        return f"P-{optimizer}"
+    if method == "pbfgs" and arguments["alpha"]:
+        return "P+-BFGS"
+    return NAMES.get(method, method)
+
+
+def variant_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What distinguishes a run from others of its method.
+
+    `basis`, unless by PCA; `start`, "mean" or the number of a snapshot; `bn_update`; of averages
+    the first and last of their `snapshots`.
+    """
+    arguments = config["arguments"]
+    if config["method"] == "average":
+        return {"snapshots": [config["samples"][0], config["samples"][-1]]}
+    variant = {}
+    if arguments["basis"] not in (None, "pca"):
+        variant["basis"] = Path(arguments["basis"]).name
+    if arguments["start"] is not None:
+        variant["start"] = arguments["start"]
+    if arguments["bn_update"]:
+        variant["bn_update"] = True
+    return variant
+
+
+def name_of(method: str, variant: Mapping[str, Any]) -> str:
+    """What a method and its variant are called: "P-SGD, random basis, from mean, BN update"."""
+    parts = [method]
+    if "basis" in variant:
+        parts.append(f"{variant['basis']} basis")
+    if "start" in variant:
+        mean = variant["start"] == "mean"
+        parts.append("from mean" if mean else f"from snapshot {variant['start']}")
+    if "bn_update" in variant:
+        parts.append("BN update")
+    name = ", ".join(parts)
+    if "epoch" in variant:
+        name += f" at epoch {variant['epoch']}"
+    if "snapshots" in variant:
+        first, last = variant["snapshots"]
+        name += f" (snapshots {first}–{last})" if first < last else f" (snapshot {last})"
+    return name
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+@contextlib.contextmanager
+def skipping(problems: list[str], where: Any) -> Iterator[None]:
+    """Add what fails inside to `problems`, as one line, instead of raising it."""
+    try:
+        yield
+    except Exception as error:  # files that were cut or edited have many ways to be wrong
+        text = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        problems.append(f"{where}: {' '.join(text.split()) or type(error).__name__}")
 
 
 def read_run(directory: Path, trajectory: Result | None = None) -> Result:
-    """The run in a directory; one on the samples of a trajectory where that is given.
+    """The run in a directory; one on the snapshots of a trajectory where that is given.
 
     Like all that reads here, it raises an exception of any kind where there is none.
     """
@@ -145,9 +204,9 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
         raise ValueError("there is no config.json; a report is of directories that a run has made")
     config = json.loads((directory / "config.json").read_text())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    kind = KINDS.get(config["method"], "subspace")
+    kind = kind_of(config)
     if trajectory is None and kind != "full":
-        raise ValueError(f"a run on the samples of a save dir; give that one: {directory.parent}")
+        raise ValueError(f"a run on the snapshots of a save dir; give that one: {directory.parent}")
     if trajectory is not None and kind == "full":
         raise ValueError("a run of train_sgd.py inside of another one; report it by its own name")
     if not rows:
@@ -157,71 +216,74 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
     return Result(kind, directory, config, rows, trajectory, weights=directory / "model.th")
 
 
-def epoch_of(trajectory: Result, sample: int) -> float:
-    """The epoch after which a sample was taken; infinite if there never was such a sample."""
+def epoch_of(trajectory: Result, snapshot: int) -> float:
+    """The epoch after which a snapshot was taken; infinite if there never was such a one."""
     epochs = trajectory.config.get("sample_epochs")
-    if not epochs:  # samples are those of the epochs
-        return sample
-    return epochs[sample] if sample < len(epochs) else math.inf
+    if not epochs:  # snapshots are those of the epochs
+        return snapshot
+    return epochs[snapshot] if snapshot < len(epochs) else math.inf
 
 
-def read_on_samples(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
-    """The run in a directory, and its trajectory at the last sample of a subspace run."""
+def read_on_snapshots(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
+    """The run in a directory, and its trajectory at the last snapshot of a subspace run."""
     run = read_run(directory, trajectory)
     for name in EXPERIMENT:
         if run.arguments[name] != trajectory.arguments[name]:
             raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")
-    samples, start = run.config["samples"], run.arguments.get("start")
-    last = epoch_of(trajectory, samples[-1])
-    files = tuple(trajectory.directory / f"{number}.pt" for number in samples)
+    snapshots, start = run.config["samples"], run.arguments["start"]
+    last = epoch_of(trajectory, snapshots[-1])
+    files = tuple(trajectory.directory / f"{number}.pt" for number in snapshots)
     if all(file.exists() for file in files):
         replaced = digest(files) != run.config["fingerprint"]
     else:  # some have been removed to save disk space
-        replaced = last > trajectory.rows[-1]["epoch"]
+        replaced = last > trajectory.done
     if replaced:
-        raise ValueError("its samples have been replaced since; run it again")
+        raise ValueError("its snapshots have been replaced since; run it again")
     used = max(last, epoch_of(trajectory, start) if isinstance(start, int) else 0)
     yield replace(run, sampled=[row for row in trajectory.rows if row["epoch"] <= math.ceil(used)])
     rows = [row for row in trajectory.rows if row["epoch"] <= math.ceil(last)]
     if run.kind == "subspace" and 0 < len(rows) < len(trajectory.rows):
         weights = files[-1] if last == int(last) else None
-        method = f"{trajectory.method} at epoch {rows[-1]['epoch']}"
-        yield replace(trajectory, kind="partial", rows=rows, weights=weights, method=method)
+        variant = {"epoch": rows[-1]["epoch"]}
+        yield replace(trajectory, kind="partial", rows=rows, weights=weights, variant=variant)
 
 
 def continued(run: Result) -> Result | None:
-    """The run as one that goes on from sample N of another; None where it is not.
+    """The run as one that goes on from a snapshot of another; None where it is not.
 
-    It has --pretrained DIR/N.pt and --start-epoch N.
+    It has --pretrained DIR/N.pt, and --start-epoch is the epoch of that snapshot, rounded.
     """
-    number, file = run.arguments.get("start_epoch"), Path(str(run.arguments["pretrained"]))
-    if file.name != f"{number}.pt" or not (file.parent / "config.json").is_file():
+    file = Path(str(run.arguments["pretrained"]))
+    if not (file.stem.isdecimal() and (file.parent / "config.json").is_file()):
         return None
-    before = read_run(file.parent)
+    before, number = read_run(file.parent), int(file.stem)
+    epoch = epoch_of(before, number)
+    if abs(epoch - run.arguments["start_epoch"]) > 0.5:
+        return None
     if any(run.arguments[name] != before.arguments[name] for name in EXPERIMENT):
         return None
-    method = f"{run.method}, from sample {number}"
-    rows = [row for row in before.rows if row["epoch"] <= epoch_of(before, number)]
-    return replace(run, kind="continued", trajectory=before, sampled=rows, method=method)
+    rows = [row for row in before.rows if row["epoch"] <= run.arguments["start_epoch"]]
+    variant = {"start": number}
+    return replace(run, kind="continued", trajectory=before, sampled=rows, variant=variant)
 
 
 def read_save_dir(save_dir: Path, problems: list[str]) -> list[Result]:
-    """The results of a save dir: the trajectory's first, then those on its samples."""
+    """The results of a save dir: the trajectory's first, then those on its snapshots."""
     trajectory = read_run(save_dir)
     if not any(save_dir.glob("*/metrics.jsonl")) and (later := continued(trajectory)):
         return [later]
-    digest = functools.cache(fingerprint)  # many runs build on the same samples
-    found: dict[tuple, Result] = {}
+    digest = functools.cache(fingerprint)  # many runs build on the same snapshots
+    others: dict[tuple, Result] = {}
     for file in sorted(save_dir.glob("*/metrics.jsonl")):
-        with noting(problems, file.parent):
-            for result in read_on_samples(file.parent, trajectory, digest):
-                found.setdefault((result.directory, result.title), result)
+        with skipping(problems, file.parent):
+            for result in read_on_snapshots(file.parent, trajectory, digest):
+                others.setdefault((result.directory, result.title), result)
 
     def place(result: Result) -> tuple:
         begun = len(result.sampled or result.rows)
-        return begun, result.k != "n", bool(result.name), result.method, result.k
+        return begun, result.k != "n", bool(result.run), result.name, result.k
 
-    return [trajectory, *sorted(found.values(), key=place)]
+    return [trajectory, *sorted(others.values(), key=place)]
 
 
 def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
@@ -229,7 +291,7 @@ def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
     table: dict[tuple, list[Result]] = defaultdict(list)
     for save_dir in {path.resolve(): path for path in save_dirs}.values():
         results: list[Result] = []
-        with noting(problems, save_dir):
+        with skipping(problems, save_dir):
             results = read_save_dir(save_dir, problems)
         for result in results:
             seeds = table[row_key(result)]
@@ -243,9 +305,12 @@ def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
     return [result for seeds in table.values() for result in seeds]
 
 
+# ---------------------------------------------------------------------------------------- grouping
+
+
 def row_key(result: Result) -> tuple:
     """What the seeds of a row of the table share. A k that is chosen by variance may differ."""
-    asked = result.arguments.get("n_components")
+    asked = result.arguments["n_components"]
     k = asked if isinstance(asked, float) and result.arguments["basis"] == "pca" else result.k
     total = len(result.sampled) + result.epochs
     return result.experiment, result.title, k, result.epochs, total
@@ -263,11 +328,14 @@ def mismatch(result: Result, seeds: Iterable[Result]) -> str | None:
     return None
 
 
-def plain(results: Iterable[Result]) -> list[Result]:
-    """One run per method and trajectory: the one without a name, else the first."""
-    ordered = sorted(results, key=lambda result: result.name)
-    runs = grouped(ordered, lambda result: (result.trajectory.directory, result.method))
-    return [own[0] for own in runs.values() if own[0].kind != "partial"]
+def one_per_name(results: Iterable[Result]) -> list[Result]:
+    """A run of each method, variant and trajectory: the one without a --run name, else the first.
+
+    A trajectory up to a snapshot is part of the whole one, and left out.
+    """
+    ordered = sorted(results, key=lambda result: result.run or "")
+    runs = grouped(ordered, lambda result: (result.trajectory.directory, result.name))
+    return [alike[0] for alike in runs.values() if alike[0].kind != "partial"]
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:
