@@ -3,8 +3,7 @@
     PYTHONPATH=. python experiments/tables.py
 
 NAME.json is the results.json of the report of experiment NAME. A table stands between
-<!-- table NAME --> and <!-- end -->; NAME is that of an experiment, or one
-of OTHERS.
+<!-- table NAME --> and <!-- end -->; NAME is that of an experiment, or one of OTHERS.
 """
 
 import json
@@ -19,14 +18,15 @@ from reporting import tables as report_tables
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-METHODS = {  # rows of the first page, and what results.py calls them
-    "SGD": r"SGD",
-    "SGD at epoch T": r"SGD at epoch \d+",
-    "SGD, from sample T": r"SGD, from sample \d+",
-    "weight average": r"weight average \(samples (\d+)–(\d+)\)",
-    "P-BFGS": r"P-BFGS(, BN update)?",
-    "P-SGD": r"P-SGD(, BN update)?",
-    "P-SGD, random basis": r"P-SGD, random basis(, BN update)?",
+# Rows of the first page: kind, method and basis of the runs.
+ROWS = {
+    "SGD": ("full", "SGD", None),
+    "SGD at epoch T": ("partial", "SGD", None),
+    "SGD, from snapshot T": ("continued", "SGD", None),
+    "weight average": ("average", "weight average", None),
+    "P-BFGS": ("subspace", "P-BFGS", None),
+    "P-SGD": ("subspace", "P-SGD", None),
+    "P-SGD, random basis": ("subspace", "P-SGD", "random"),
 }
 # What the first page calls the data, and the levels of noise there.
 SHOWN = {"cifar": ("CIFAR-10", (0.0, 0.4)), "digits-full": ("digits", (0.0, 0.4, 0.8))}
@@ -38,46 +38,51 @@ def measured(experiment: str) -> dict:
     return json.loads((HERE / f"{experiment}.json").read_text())
 
 
-def is_of_later_half(method: str) -> bool:
-    """Whether a method is the average of the later half of its samples."""
-    found = re.fullmatch(METHODS["weight average"], method)
-    return bool(found) and int(found[1]) == int(found[2]) // 2 + 1
+def is_of_later_half(row: dict) -> bool:
+    """Whether a row is the average of the later half of its snapshots."""
+    first, last = row["variant"].get("snapshots", (0, 0))
+    return row["kind"] == "average" and first == last // 2 + 1
 
 
-def of_methods(experiment: str, noise: float) -> dict[str, dict]:
-    """The row of each of METHODS that an experiment has, without variations."""
-    found: dict[str, dict] = {}
+def rows_of(experiment: str, noise: float) -> dict[str, dict]:
+    """The row of each of ROWS that an experiment has, from the start and without a name."""
     rows = [row for row in measured(experiment)["results"] if row["noise"] == noise]
-    averages = [row for row in rows if is_of_later_half(row["method"])]
-    average = max(averages, key=lambda row: row["total epochs"])  # the others have fewer samples
-    for name, method in METHODS.items():
-        own = [row for row in rows if re.fullmatch(method, row["method"])]
-        if name == "SGD at epoch T":  # of the samples of that average, not of other runs'
-            own = [row for row in own if row["total epochs"] == average["total epochs"]]
+    averages = [row for row in rows if is_of_later_half(row)]
+    average = max(averages, key=lambda row: row["total epochs"])  # the others have fewer snapshots
+    chosen: dict[str, dict] = {}
+    for name, kind in ROWS.items():
+        alike = [
+            row
+            for row in rows
+            if (row["kind"], row["method"], row["variant"].get("basis")) == kind
+            and not row["run"]
+            and (row["kind"] == "continued" or "start" not in row["variant"])
+        ]
+        if name == "SGD at epoch T":  # of the snapshots of that average, not of other runs'
+            alike = [row for row in alike if row["total epochs"] == average["total epochs"]]
         elif name == "weight average":
-            own = [average]
-        if len(own) > 1:
+            alike = [average]
+        if len(alike) > 1:
             raise ValueError(f"{experiment}.json: several rows of {name}")
-        if own:
-            found[name] = own[0]
-    return found
+        if alike:
+            chosen[name] = alike[0]
+    return chosen
 
 
 def main_table() -> str:
     """Final test accuracy of each method in the experiments of SHOWN."""
     shown = [(data, name, c) for name, (data, noises) in SHOWN.items() for c in noises]
-    found = {f"{data}, c = {c:g}": of_methods(name, c) for data, name, c in shown}
+    columns = {f"{data}, c = {c:g}": rows_of(name, c) for data, name, c in shown}
     table = []
-    for method in METHODS:
-        own = [rows[method] for rows in found.values() if method in rows]
-        titles = {row["method"].removesuffix(", BN update") for row in own}
-        cells = {"": titles.pop() if len(titles) == 1 else method}
-        for name in ("k", "total epochs"):
-            cells[name] = " / ".join(dict.fromkeys(str(row[name]) for row in own))
-        finals = {name: rows.get(method, {}).get("final") for name, rows in found.items()}
-        table.append(
-            cells | {name: report_tables.mean_std(final, 2) for name, final in finals.items()}
-        )
+    for name in ROWS:
+        alike = [rows[name] for rows in columns.values() if name in rows]
+        titles = {row["title"].removesuffix(", BN update") for row in alike}
+        cells = {"": titles.pop() if len(titles) == 1 else name}
+        for key in ("k", "total epochs"):
+            cells[key] = " / ".join(dict.fromkeys(str(row[key]) for row in alike))
+        for column, rows in columns.items():
+            cells[column] = report_tables.mean_std(rows.get(name, {}).get("final"), 2)
+        table.append(cells)
     return report_tables.markdown(table)
 
 
@@ -88,7 +93,7 @@ def walk_table() -> str:
     for k in (2, 5, 10, 20, 40):
         cells = {"k": k, "random walk": f"{walk[k - 1]:.1f}"}
         for row in measured("cifar")["results"]:
-            if row["method"] == f"P-SGD (psgd_k{k})":
+            if row["run"] == f"psgd_k{k}":
                 cells[f"trajectory, c = {row['noise']:g}"] = f"{row['variance'][0]:.1f}"
                 cells[f"P-SGD, c = {row['noise']:g}"] = f"{row['final'][0]:.2f}"
         table.append(cells)
@@ -97,18 +102,17 @@ def walk_table() -> str:
 
 def levels_table(column: str) -> str:
     """Digits: a column of each method's row at all levels of noise."""
-    found = {f"c = {c:g}": of_methods("digits-full", c) for c in (0.0, 0.2, 0.4, 0.6, 0.8)}
-    if column == "wrong labels":
-        del found["c = 0"]
+    levels = (0.0, 0.2, 0.4, 0.6, 0.8) if column == "final" else (0.2, 0.4, 0.6, 0.8)
+    columns = {f"c = {c:g}": rows_of("digits-full", c) for c in levels}
     table = []
-    for method in METHODS:
+    for name in ROWS:
         cells = {
-            c: report_tables.mean_std(rows[method][column], 2)
-            for c, rows in found.items()
-            if method in rows
+            c: report_tables.mean_std(rows[name][column], 2)
+            for c, rows in columns.items()
+            if name in rows
         }
         if cells:
-            table.append({"": method.replace("epoch T", "epoch 30")} | cells)
+            table.append({"": name.replace("epoch T", "epoch 30")} | cells)
     return report_tables.markdown(table)
 
 

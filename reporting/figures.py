@@ -153,19 +153,19 @@ def sweep_figures(runs: Sequence[Result], number: int, spread: str) -> Iterator[
     for variant, sweep in enumerate(sweeps(runs, k, sampled), 1):
         run = sweep.result
         caption = (
-            f"Final test accuracy of {run.epochs} epochs of {run.name} in k dimensions of the "
+            f"Final test accuracy of {run.name} after {run.epochs} epochs in k dimensions of the "
+            f"snapshots of {sampled(run)} epochs{spread}. Lines: ordinary training to its end, and "
+            "the average of the later half of the snapshots."
         )
-        caption += f"snapshots of {sampled(run)} epochs{spread}. Lines: ordinary training to its "
-        caption += "end, and the average of the later half of the snapshots."
         name = f"dimensions_{number}_{variant}"
         yield against_figure(name, caption, "k", sweep.series, sweep.styles, sweep.levels, "log")
     for variant, sweep in enumerate(sweeps(runs, sampled, k), 1):
         run = sweep.result
         caption = (
-            f"Final test accuracy of {run.epochs} epochs of {run.name} in {run.k} dimensions, "
+            f"Final test accuracy of {run.name} after {run.epochs} epochs in {run.k} dimensions, "
+            "and of the average of the later half of the snapshots, by how many epochs were "
+            f"sampled{spread}. Line: ordinary training to its end."
         )
-        caption += f"and of the average of the later half of the snapshots{spread}. Line: ordinary "
-        caption += "training to its end."
         name, setting = f"samples_{number}_{variant}", "sampled epochs"
         yield against_figure(name, caption, setting, sweep.series, sweep.styles, sweep.levels)
 
@@ -183,8 +183,10 @@ def figures_of(
     """The figures of an experiment, in files with names that begin with `name`."""
     several = len({result.seed for result in runs}) > 1
     means = " Lines are means over the seeds, bands their range." if several else ""
-    caption = "Test accuracy and training loss. Runs on snapshots begin where sampling ended, with "
-    caption += f"the accuracy of the network they start from.{means}{not_drawn(runs)}"
+    caption = (
+        "Test accuracy and training loss. Runs on snapshots begin where sampling ended, with the "
+        f"accuracy of the network they start from.{means}{not_drawn(runs)}"
+    )
     metrics = ("test_acc", "train_loss")
     yield curves_figure(f"{name}_curves", caption, runs, metrics, styles)
 
@@ -214,9 +216,11 @@ def variance_figure(
     explained, walk = (shares.numpy() for shares in gram.spectra(numbers))
     by_pca = [run for run in one_per_name(runs) if run.arguments["basis"] == "pca"]
     used = sorted({run.k for run in by_pca})
-    caption = f"Principal components of the snapshots{seed}, and what of the variance they would "
-    caption += "explain if the trajectory were a random walk with the same step lengths. A trajectory that "
-    caption += "is not above the walk is no closer to a plane than chance."
+    caption = (
+        f"Principal components of the snapshots{seed}, and what they would explain if the "
+        "trajectory were a random walk with the same step lengths. A trajectory that is not above "
+        "the walk is no closer to a plane than chance."
+    )
     numbers = {"explained": explained, "walk": walk, "k": used}
     return Figure(name, caption, partial(plots.variance, explained, walk, used), numbers)
 
@@ -226,11 +230,12 @@ def landscape_figure(
 ) -> Figure:
     """The figure of the loss around a trajectory, as `analysis.loss_landscape` returns it."""
     paths, ratios = landscape["paths"], landscape["ratios"]
-    caption = f"Training loss of {probe.landscape_images} images around the trajectory{seed}, with "
-    caption += "the labels that were trained on, as corrupted; BatchNorm normalizes with the "
-    caption += f"statistics of these images. The plane explains {sum(ratios):.1%} of the variance "
-    caption += "of the snapshots. Paths outside of it, such as those in other subspaces, are "
-    caption += "projected onto it."
+    caption = (
+        f"Training loss of {probe.landscape_images} images around the trajectory{seed}, with the "
+        "labels that were trained on, as corrupted; BatchNorm normalizes with the statistics of "
+        f"these images. The plane explains {sum(ratios):.1%} of the variance of the snapshots. "
+        "Paths outside of it, such as those in other subspaces, are projected onto it."
+    )
     numbers = {key: landscape[key] for key in ("x", "y", "loss", "ratios")}
     numbers |= {f"{title}/path": path for title, path in paths.items()}
     return Figure(name, caption, partial(plots.landscape, **landscape, styles=styles), numbers)
