@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dldr
+from training.files import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -374,3 +375,31 @@ def test_snapshots_in_another_order_span_the_same(net):
     basis, _ = dldr.pca(dldr.load_trajectory("."), 2, model=net)
     expected, _ = dldr.pca(vectors, 2)
     assert torch.equal(basis, expected)
+
+
+# ------------------------------------------------------------------------------ fingerprints
+
+WRITERS = {
+    "checksums": lambda state: torch.save(state, "1.pt"),
+    "no checksums": lambda state: without_checksums(state),
+    "old": lambda state: torch.save(state, "1.pt", _use_new_zipfile_serialization=False),
+    "safetensors": lambda state: save_file(state, "1.pt"),
+}
+
+
+def without_checksums(state):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, "1.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_fingerprint_tells_contents(kind):
+    """Of files of any kind. Oracle: whether the contents are the same."""
+    state, digests = {"weight": torch.ones(3), "none": torch.ones(0)}, []
+    for value in (1.0, 1.0, 1.0001):
+        WRITERS[kind](state | {"bias": torch.tensor([value])})
+        digests.append(fingerprint([Path("1.pt")]))
+    assert digests[0] == digests[1] != digests[2]

@@ -96,16 +96,28 @@ def fingerprint(files: Sequence[Path], *options: Any) -> str:
     """A digest of the contents of `files`, as their own checksums tell them, and of `options`.
 
     What torch.save writes is a zip archive, which holds a CRC-32 of each tensor: nothing else is
-    read. A file of another kind is read whole.
+    read. A file of another kind is read whole, and one that was written without checksums.
     """
     digest = hashlib.sha256(repr(options).encode())
     for file in files:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                digest.update(repr([entry.CRC for entry in archive.infolist()]).encode())
+        if checksums := checksums_in(file):
+            digest.update(repr(checksums).encode())
         else:
-            digest.update(file.read_bytes())
+            with file.open("rb") as stream:
+                while block := stream.read(2**24):
+                    digest.update(block)
     return digest.hexdigest()
+
+
+def checksums_in(file: Path) -> list[int]:
+    """The CRC-32 of each entry of a zip archive; [] for another file, or where some have none."""
+    if not zipfile.is_zipfile(file):
+        return []
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    # torch.serialization.set_crc32_options(False) writes 0.
+    complete = all(entry.CRC for entry in entries if entry.file_size)
+    return [entry.CRC for entry in entries] if complete else []
 
 
 # ----------------------------------------------------------------------- samples and options
