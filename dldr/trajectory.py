@@ -282,7 +282,7 @@ def load_samples(save_dir: str | Path, start: int, end: int, stride: int = 1) ->
     if missing:
         last = next(number for number in reversed(numbers) if number not in there)
         missing = [*missing[:3], last] if len(missing) > 3 else missing
-        have = f"there are {abbreviate(listed)}" if there else "there are none"
+        have = f"there are {abbreviate(listed)}" if there else f"there are {other_names(save_dir)}"
         raise FileNotFoundError(f"{save_dir} lacks the snapshots {abbreviate(missing)}; {have}")
     return [load_snapshot(save_dir / f"{number}.pt") for number in numbers]
 
@@ -290,7 +290,13 @@ def load_samples(save_dir: str | Path, start: int, end: int, stride: int = 1) ->
 def snapshot_numbers(save_dir: Path) -> list[int]:
     """The numbers of the snapshots that are there, the smallest first."""
     files = (file for file in save_dir.glob("*.pt") if file.stem.isdecimal() and file.is_file())
-    return sorted(int(file.stem) for file in files)
+    return sorted(int(file.stem) for file in files if file.stem == str(int(file.stem)))
+
+
+def other_names(save_dir: Path) -> str:
+    """What a folder without snapshots N.pt holds in their place."""
+    names = sorted(file.name for file in save_dir.glob("*") if file.suffix in SUFFIXES)
+    return f"none that are called 0.pt, 1.pt, …, but {', '.join(names[:3])}" if names else "none"
 
 
 def abbreviate(numbers: Sequence[int]) -> str:

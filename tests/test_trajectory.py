@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dldr
+from dldr.trajectory import load_samples
 from training.files import fingerprint
 
 
@@ -363,6 +364,14 @@ def test_says_what_is_there_instead(folder):
     Path("run/model.safetensors.index.json").write_text("[]")
     with pytest.raises(ValueError, match=r"index\.json: no index of files"):
         files("run")
+
+
+def test_the_names_that_samples_have_are_told():
+    """The names that were looked for, and those that are there."""
+    write("000.pt", "epoch_1.pth")
+    line = r"none that are called 0\.pt, 1\.pt, …, but 000\.pt, epoch_1\.pth$"
+    with pytest.raises(FileNotFoundError, match=line):
+        load_samples(".", 0, 2)
 
 
 def test_snapshots_in_another_order_span_the_same(net):
