@@ -135,6 +135,6 @@ def test_tables_are_those_of_the_measured_numbers():
             final = next(
                 line["final"]
                 for line in lines
-                if (line["noise"], line["method"]) == (noise, method)
+                if (line["noise"], line["title"]) == (noise, method)
             )
             assert told[name].startswith(f"{statistics.mean(final):.2f} ± ")
