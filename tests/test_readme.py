@@ -133,8 +133,6 @@ def test_tables_are_those_of_the_measured_numbers():
         told = {row.split("|")[1].strip(): row.split("|")[column].strip() for row in rows if row}
         for name, method in names.items():
             final = next(
-                line["final"]
-                for line in lines
-                if (line["noise"], line["title"]) == (noise, method)
+                line["final"] for line in lines if (line["noise"], line["title"]) == (noise, method)
             )
             assert told[name].startswith(f"{statistics.mean(final):.2f} ± ")
