@@ -35,8 +35,8 @@ settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifa
 
 Each experiment is a file, experiments/NAME.sh. An interrupted one resumes when it is called again;
 it ends with a table, and a page with pictures in report/NAME. bench measures times and memory, lint
-checks the code. gpu compares a GPU's numbers with the CPU's and measures its speed, in ten minutes; its
-page is report/gpu/README.md.
+checks the code. gpu compares a GPU's numbers with the CPU's (tests/test_gpu.py) and measures its speed,
+in ten minutes; its page is report/gpu/README.md.
 TEXT
 }
 
@@ -83,8 +83,11 @@ bench)
     PYTHONPATH=. "$python" benchmarks/bench.py
     ;;
 gpu)
-    prepare requirements.txt
+    prepare requirements.txt tests/requirements.txt
+    code=0
+    "$python" -m pytest --numprocesses 0 -m gpu || code=$?
     PYTHONPATH=. "$python" benchmarks/gpu.py
+    exit "$code"
     ;;
 lint)
     prepare requirements.txt tests/requirements.txt

@@ -17,8 +17,20 @@ import bench_step
 import numpy as np
 import torch
 import torchvision.transforms as T
-from checks import ROOT, place, run, steps_of
-from common import DEVICE, Page, alternate, epochs, in_process, peak_memory, spread, timed
+from common import (
+    DEVICE,
+    ROOT,
+    Page,
+    alternate,
+    epochs,
+    in_process,
+    peak_memory,
+    place,
+    run,
+    spread,
+    steps_of,
+    timed,
+)
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch.utils.data import DataLoader
@@ -26,8 +38,9 @@ from torchvision.datasets import CIFAR10
 
 import models
 import utils
-from training import files as checkpoint
-from training import run as engine
+from dldr.parameters import parameter_names
+from training.files import save
+from training.run import Run
 from utils import DATASETS, Split
 
 # ----------------------------------------------------------------------------- data pipelines
@@ -105,7 +118,7 @@ def write_trajectory(directory: Path, arch: str, samples: int) -> int:
     torch.manual_seed(0)
     model = models.build(arch, 10)
     for number in range(samples):
-        checkpoint.save(directory / f"{number}.pt", model.state_dict())
+        save(directory / f"{number}.pt", model.state_dict())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += torch.randn_like(parameter) / (10 + number)
@@ -115,9 +128,10 @@ def write_trajectory(directory: Path, arch: str, samples: int) -> int:
 def find_basis(method: str, directory: Path, samples: int, k: int) -> torch.Tensor:
     """The basis (k, n) of samples on disk, by utils.pca on a device or scikit-learn's solver."""
     states = utils.load_samples(directory, 0, samples)
+    names = parameter_names(states[0])
     if not method.startswith("scikit-learn"):
-        return utils.pca(states, k, device=DEVICE if method == "utils.pca" else method)[0]
-    names = utils.parameter_names(states[0])
+        device = DEVICE if method == "utils.pca" else method
+        return utils.pca(states, k, names=names, device=device)[0]
     rows = [np.concatenate([state[name].numpy().ravel() for name in names]) for state in states]
     found = PCA(k, svd_solver=method.split()[1], random_state=0).fit(np.stack(rows))
     return torch.from_numpy(found.components_)
@@ -227,8 +241,8 @@ STEPS = {
 
 def kind(event: Any) -> str:
     """What asked for a launch: data, metrics or the step itself; else copy or sync."""
-    lines, first = inspect.getsourcelines(engine.Run.log)
-    metrics = {f"engine.py:{number}" for number in range(first, first + len(lines))}
+    lines, first = inspect.getsourcelines(Run.log)
+    metrics = {f"training/run.py:{number}" for number in range(first, first + len(lines))}
     if event.kind != "launch":
         return event.kind
     if event.line.startswith("utils.py"):

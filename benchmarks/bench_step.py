@@ -22,8 +22,8 @@ import train_sgd
 from dldr.parameters import flatten
 from dldr.pbfgs import PBFGS, frozen_buffers
 from train_pbfgs import Batch
+from training.losses import cross_entropy
 from training.network import count_on_host
-from training.run import cross_entropy
 from training.setup import parse_args
 
 # What is measured of a `Case`, and its name in the tables.

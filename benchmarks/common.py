@@ -16,17 +16,57 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
+import train_pbfgs
+import train_psgd
+import train_sgd
 from training.files import git_commit
+from training.run import Run
 from training.setup import pick_device
 
+ROOT = Path(__file__).parent.parent
 DEVICE = pick_device("auto")
 FAILED = "**failed**"
+METHODS = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}
+RANDOM = "--basis random --n_components 40 --params_end 1"  # needs no trajectory
 
 Rows = Callable[[], Iterator[Sequence[str]]]  # of a table
+
+
+def place(method: str, directory: Path, part: str = "") -> Path:
+    """Where a run is: those in a subspace are in the directory of SGD's, with the trajectory."""
+    return directory / f"SGD{part}" if method == "SGD" else directory / "SGD" / f"{method}{part}"
+
+
+def run(method: str, options: str, directory: Path) -> list[dict]:
+    """The metrics rows of a script's run in its `place`."""
+    save_dir, own = directory, []
+    if method != "SGD":
+        save_dir, own = directory.parent, ["--run", directory.name]
+    METHODS[method].main([*options.split(), *own, "--save-dir", str(save_dir)])
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(method: str, options: str, directory: Path, events: list) -> list[tuple[int, list]]:
+    """The trials of each step of a run, and what the step added to `events`.
+
+    Not of the first step, which makes the optimizer's state, nor of the last, which looks whether
+    the loss is finite.
+    """
+    steps, log = [], Run.log
+
+    def logged(self: Run, *args: Any, **details: Any) -> None:
+        log(self, *args, **details)
+        steps.append((1 + details.get("trials", -1), list(events)))  # the last is not rejected
+        events.clear()
+
+    with mock.patch.object(Run, "log", logged):
+        run(method, f"{options} --print-freq 1000", directory)
+    return steps[1:-1]
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -1,14 +1,13 @@
-"""What to run once on a GPU: does it compute what the CPU does, and what does a step take?
+"""What a step, the PCA and the data take on a GPU.
 
     ./run.sh gpu
 
-takes about ten minutes and writes report/gpu/README.md, a page to attach to a report. On the CPU,
-or with --small, it takes seconds and its figures mean little. Nothing is downloaded.
+runs tests/test_gpu.py and this, which writes report/gpu/README.md, a page to attach to a report. On
+the CPU, or with --small, it takes seconds and its figures mean little. Nothing is downloaded.
 """
 
 import argparse
 import gc
-import os
 import statistics
 import sys
 import tempfile
@@ -19,11 +18,21 @@ from typing import NamedTuple
 from unittest import mock
 
 import bench
-import checks
 import torch
 from bench_step import Case
-from checks import RANDOM, place, run
-from common import DEVICE, FAILED, Page, alternate, epochs, peak_memory, spread, timed
+from common import (
+    DEVICE,
+    FAILED,
+    RANDOM,
+    Page,
+    alternate,
+    epochs,
+    peak_memory,
+    place,
+    run,
+    spread,
+    timed,
+)
 
 from utils import DATASETS
 
@@ -107,17 +116,6 @@ def components(arch: str, samples: int, k: int, directory: Path) -> Iterator[lis
 
 def tables(page: Page, size: Size, directory: Path) -> None:
     """Write all sections of the page."""
-    options = dict.fromkeys(["", *(one for each in size.batches.values() for one in each)])
-    cases = {f"precision {one}": partial(checks.precision, one) for one in options}
-    cases["training"] = partial(checks.training, directory)
-    if size is FULL:
-        cases["digits"] = partial(checks.digits, directory / "digits")
-    if DEVICE == "cuda":
-        same = f"--datasets CIFAR10 --arch {size.arch} --batch-size {size.images // 8}"
-        cases["host syncs"] = partial(checks.host_syncs, same, directory / "syncs")
-    note = f"{DEVICE} against the CPU: ResNet-8 on digits, with `--deterministic` where it trains."
-    page.table("Checks", note, ["check", "CPU", DEVICE, "difference", "allowed", "result"], cases)
-
     columns = ["batch", "options", "step of", "ms", "× bare network", "trials", "warm-up s"]
     columns += ["peak MiB"]
     note = f"{size.arch}, k = 40, 32 × 32 synthetic images; median (range) of {size.epochs - 1} "
@@ -141,13 +139,11 @@ def tables(page: Page, size: Size, directory: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page; returns 1 where a check failed."""
+    """Write the page; returns 1 where a measurement failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="as on the CPU: seconds, not minutes")
     parser.add_argument("--out", type=Path, default=Path("report/gpu"), metavar="DIR")
     args = parser.parse_args(argv)
-    # cuBLAS reads it once, and --deterministic needs it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     size = SMALL if args.small or DEVICE == "cpu" else FULL
     page = Page(args.out, "./run.sh gpu")
     cifar = bench.synthetic(size.images)

@@ -25,8 +25,6 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = (ROOT, ROOT / "dldr", ROOT / "training", ROOT / "reporting")
 SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
 
-# On the CPU, also where there is a GPU: its sums vary from run to run. run.sh gpu compares the two.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Sums are in the same order on every machine, so bit-equality means something; and the tests run on
 # all cores as it is.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -62,6 +60,14 @@ def one_process(number: int, processes: int, port: int, work: Callable, argument
         "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
     work(number, *arguments)
+
+
+def pytest_configure(config):
+    """On the CPU, also where there is a GPU, whose sums vary from run to run; -m gpu compares."""
+    if config.option.markexpr == "gpu":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it once; --deterministic
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_addoption(parser):

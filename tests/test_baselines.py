@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import DIGITS
 
-import dldr.trajectory
 import models
 import report
 import reporting.pictures
@@ -21,6 +20,7 @@ import train_sgd
 import training.losses
 import training.setup
 import utils
+from dldr.trajectory import load_state_dict
 from train_pbfgs import PBFGS
 from training.subspaces import random_basis
 
@@ -114,7 +114,7 @@ def test_start(start, name, copy):
     """The run's origin: θ(0)."""
     train_psgd.main([*SUBSPACE, "--start", start, "--lr", "0", "--save-dir", str(copy)])
     model = models.build("resnet8", 10)
-    model.load_state_dict(dldr.trajectory.load_state_dict(copy / name / "model.th"))
+    model.load_state_dict(load_state_dict(copy / name / "model.th"))
     oracle = matrix(copy, range(7)).mean(0) if start == "mean" else matrix(copy, [int(start)])[0]
     np.testing.assert_allclose(utils.flatten(model), oracle, atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_bn_update_tests_with_statistics_of_the_whole_training_set(copy):
     """At learning rate 0 the network stands still: its first layer's mean, by one pass by hand."""
     options = ["--lr", "0", "--bn-update", "--epochs", "1", "--save-dir", str(copy)]
     row = train_psgd.main([*SUBSPACE, *options])
-    state = dldr.trajectory.load_state_dict(copy / "psgd" / "model.th")
+    state = load_state_dict(copy / "psgd" / "model.th")
     model = models.build("resnet8", 10).train()
     model.load_state_dict(torch.load(copy / "0.pt"))
     args = training.setup.parse_args(train_psgd.get_options(), [*SUBSPACE, *options])
@@ -140,7 +140,7 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     command = [*DIGITS, "--average", "3", "7", "--save-dir", str(copy)]
     row = train_sgd.main(command)
     model = models.build("resnet8", 10)
-    model.load_state_dict(dldr.trajectory.load_state_dict(copy / "average" / "model.th"))
+    model.load_state_dict(load_state_dict(copy / "average" / "model.th"))
     np.testing.assert_allclose(utils.flatten(model), matrix(copy, range(3, 7)).mean(0), atol=1e-6)
     again = train_sgd.main([*command, "--overwrite"])
     assert again["test_acc"] == row["test_acc"]
@@ -171,7 +171,7 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     last = train_sgd.main([*DIGITS, *options])
     network = models.build("resnet8", 10)
     network.load_state_dict(torch.load(copy / "4.pt"))
-    state = dldr.trajectory.load_state_dict(copy / "last" / "model.th")
+    state = load_state_dict(copy / "last" / "model.th")
     assert torch.equal(state["conv1.weight"], network.conv1.weight)
     assert not torch.equal(state["bn1.running_mean"], network.bn1.running_mean)
     further = ["--pretrained", str(copy / "4.pt"), "--start-epoch", "4", "--milestones", "4"]
@@ -205,7 +205,7 @@ def test_averages_are_chosen_on_images_that_were_left_out(tmp_path, monkeypatch)
     _, found = held_out.accuracies(tmp_path)
     train_sgd.main([*options, "--average", "3", "5"])
     network = models.build("resnet8", 10)
-    network.load_state_dict(dldr.trajectory.load_state_dict(tmp_path / "average" / "model.th"))
+    network.load_state_dict(load_state_dict(tmp_path / "average" / "model.th"))
     args = training.setup.parse_args(train_sgd.get_options(), options)
     trained = {image.numpy().tobytes() for image in utils.read_splits(args)[0].images}
     args.smalldatasets = None

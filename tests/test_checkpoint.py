@@ -10,11 +10,11 @@ import torch
 from conftest import DIGITS
 from torch import nn
 
-import dldr.trajectory
 import models
 import train_psgd
 import train_sgd
 import training.files
+from dldr.reading import read_tensors
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -83,7 +83,7 @@ def test_infinite_buffers_of_the_network_itself_can_be_read_again(tmp_path, monk
     train_sgd.main([*base, "--epochs", "1"])
     assert train_sgd.main([*base, "--epochs", "2", "--resume"])["epoch"] == 2
     train_psgd.main([*base, "--params_end", "3", "--n_components", "2", "--epochs", "1"])
-    saved = dldr.trajectory.read_tensors(tmp_path / "checkpoint.pt")
+    saved = read_tensors(tmp_path / "checkpoint.pt")
     saved["states"]["model"]["mask"][0, 0] = torch.inf  # where the network's own is finite
     torch.save(saved, tmp_path / "checkpoint.pt")
     assert "mask is not finite" in refused(train_sgd.main, [*base, "--epochs", "3", "--resume"])

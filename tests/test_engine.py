@@ -7,13 +7,13 @@ import torch
 from conftest import DIGITS
 from test_data import random_split
 
-import dldr.trajectory
 import train_pbfgs
 import train_psgd
 import train_sgd
 import training.losses
 import training.setup
 import utils
+from dldr.trajectory import load_state_dict
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
 
@@ -22,7 +22,7 @@ SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5"]
 
 def weights(save_dir, name="model.th"):
     """The exported network as one vector."""
-    state = dldr.trajectory.load_state_dict(save_dir / name)
+    state = load_state_dict(save_dir / name)
     return torch.cat([value.double().reshape(-1) for value in state.values()])
 
 

@@ -27,7 +27,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import training.run
-from dldr.trajectory import read_tensors
+from dldr.reading import read_tensors
 
 SGD, PSGD, PBFGS = train_sgd, train_psgd, train_pbfgs
 SAMPLES = ["--params_end", "7", "--n_components", "3"]
@@ -266,8 +266,9 @@ def test_a_broken_run_costs_the_report_a_line(name, run, rejected, capsys, monke
     content = content.encode() if isinstance(content, str) else content
     (run / "psgd" / file).write_bytes(content)
     table = report.main([str(run), "--no-data", "--out", "out"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("report.py: skipped: run/psgd: ")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("report.py: skipped: run/psgd: ")
     assert {row["method"] for row in table} == {"SGD", "P-BFGS"}
     (run / file).write_bytes(content)
     assert "nothing to report: run: " in rejected(report, run)

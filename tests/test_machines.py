@@ -15,11 +15,12 @@ from torch import nn
 
 import dldr.distributed
 import dldr.pbfgs
-import dldr.trajectory
 import models
 import train_pbfgs
 import train_psgd
 import train_sgd
+from dldr.reading import read_tensors
+from dldr.trajectory import load_state_dict
 
 SUBSPACE = ["--params_end", "3", "--n_components", "2", "--epochs", "2", "--lr", "0.1"]
 
@@ -101,7 +102,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def saved(directory: Path) -> dict:
-    return dldr.trajectory.read_tensors(directory / "checkpoint.pt")
+    return read_tensors(directory / "checkpoint.pt")
 
 
 def said(root: Path, what: str) -> list[str]:
@@ -145,9 +146,7 @@ def test_the_first_process_downloads_before_the_others_look(root):
 
 @pytest.mark.parametrize("run", [".", "psgd", "pbfgs"])
 def test_unused_parameters_integers_and_infinite_masks_are_trained_around(run, root):
-    first, last = (
-        dldr.trajectory.load_state_dict(root / "odd" / f"{number}.pt") for number in (0, 2)
-    )
+    first, last = (load_state_dict(root / "odd" / f"{number}.pt") for number in (0, 2))
     state = saved(root / "odd" / run)["state_dict"]
     assert not torch.equal(state["sometimes.weight"], first["sometimes.weight"])
     assert torch.equal(last["never.weight"], first["never.weight"])

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from conftest import DIGITS
 from torch import nn
 
-import dldr.trajectory
 import models
 import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from dldr.trajectory import load_state_dict
 from training.subspaces import random_basis
 
 MODULE = """
@@ -257,7 +257,7 @@ def test_one_loop_works_for_any_module(name, tmp_path):
     for _ in range(6):
         samples.append(utils.flatten(network))
         torch.save(network.state_dict(), tmp_path / f"{len(states)}.pt")
-        states.append(dldr.trajectory.load_state_dict(tmp_path / f"{len(states)}.pt"))
+        states.append(load_state_dict(tmp_path / f"{len(states)}.pt"))
         end = fit(network, [p for p in network.parameters() if p.requires_grad], 3)
     basis, ratios = utils.pca(samples, 4)
     for options in ({"model": network}, {"names": utils.trainable(network)}):

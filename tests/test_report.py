@@ -17,7 +17,6 @@ from conftest import DIGITS
 from PIL import Image
 
 import dldr
-import dldr.trajectory
 import models
 import report
 import reporting.analysis
@@ -31,6 +30,8 @@ import train_sgd
 import training.losses
 import training.setup
 import utils
+from dldr.reading import read_tensors
+from dldr.trajectory import load_state_dict
 from training.network import copy_into
 
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "4", "--epochs", "2"]
@@ -148,7 +149,7 @@ def test_cost_is_what_it_takes_to_be_as_good_as_sgd_at_its_end(made):
 def test_accuracy_on_correct_and_wrong_labels(runs, tmp_path, undrawn):
     """Oracle: a network that always answers 3 is right on just the images labelled 3."""
     shutil.copytree(runs / "noisy", tmp_path / "run")
-    state = dldr.trajectory.read_tensors(tmp_path / "run" / "model.th")
+    state = read_tensors(tmp_path / "run" / "model.th")
     for name in ("linear.weight", "linear.bias"):
         state["state_dict"][name].zero_()
     state["state_dict"]["linear.bias"][3] = 1
@@ -236,7 +237,7 @@ def test_paths_end_where_the_networks_are(runs, monkeypatch):
     middle = torch.stack([vector(sample) for sample in samples]).mean(0)
     average = ("weight average (samples 3–6)", "average")
     for method, folder in (("SGD", "."), ("P-SGD", "psgd"), ("P-BFGS", "pbfgs"), average):
-        end = dldr.trajectory.load_state_dict(runs / "one" / folder / "model.th")
+        end = load_state_dict(runs / "one" / folder / "model.th")
         place = basis @ (vector(end) - middle)
         np.testing.assert_allclose(paths[method][-1], place, rtol=1e-3, atol=1e-3)
     assert len(paths["P-SGD"]) == 3, "the start and two epochs"

@@ -21,7 +21,6 @@ from conftest import DIGITS, program
 from test_options import files
 from torch import nn
 
-import dldr.trajectory
 import models
 import train_pbfgs
 import train_psgd
@@ -30,6 +29,7 @@ import training.files
 import training.losses
 import training.memory
 import utils
+from dldr.reading import read_tensors
 
 ROOT = Path(__file__).parent.parent
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5", "--save-every", "2"]
@@ -54,7 +54,7 @@ def contents(directory: Path) -> dict:
     for file in sorted(directory.rglob("*")):
         where = str(file.relative_to(directory))
         if file.suffix in (".pt", ".th"):
-            found |= tensors(dldr.trajectory.read_tensors(file), where)
+            found |= tensors(read_tensors(file), where)
         elif file.suffix == ".jsonl":
             found |= tensors([json.loads(line) for line in file.read_text().splitlines()], where)
         elif file.suffix == ".npz":
@@ -199,7 +199,7 @@ def test_a_second_signal_ends_at_once(tmp_path, patch):
     with pytest.raises(SystemExit) as exit:
         train_sgd.main([*DIGITS, "--save-dir", str(tmp_path / "run")])
     assert exit.value.code == 143
-    assert not dldr.trajectory.read_tensors(tmp_path / "run" / "checkpoint.pt")["progress"]
+    assert not read_tensors(tmp_path / "run" / "checkpoint.pt")["progress"]
 
 
 def test_what_nohup_ignores_does_not_stop(tmp_path, patch):
@@ -406,7 +406,7 @@ def test_a_loss_that_is_not_finite_stops(patch, name, cure, sampled, tmp_path, r
     with pytest.raises(SystemExit) as exit:
         script.main([*argv])
     assert exit.value.code == 1
-    saved = dldr.trajectory.read_tensors(save_dir / RUNS[name][1] / "checkpoint.pt")
+    saved = read_tensors(save_dir / RUNS[name][1] / "checkpoint.pt")
     assert saved["epoch"] == 2
     assert not (save_dir / "3.pt").exists() or name != "sgd"
 
@@ -453,7 +453,7 @@ def test_a_stopped_run_that_had_diverged_does_not_replace_its_checkpoint(tmp_pat
         train_sgd.main([*DIGITS, "--save-every", "1", "--save-dir", str(tmp_path)])
     assert exit.value.code == 1
     assert "epoch 2, step 2" in capsys.readouterr().err
-    assert dldr.trajectory.read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
+    assert read_tensors(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
 def test_an_epoch_begun_continues_with_its_own_batches(tmp_path, patch, refused, capsys):
@@ -571,7 +571,7 @@ def test_what_was_decided_is_in_the_config(sampled, tmp_path):
 def end_early(run: Path, epochs: int) -> None:
     """Make a run of six epochs one that was killed after fewer, before a checkpoint was due."""
     (run / "model.th").unlink()
-    begun = dldr.trajectory.read_tensors(run / "checkpoint.pt") | {"rows": []}
+    begun = read_tensors(run / "checkpoint.pt") | {"rows": []}
     torch.save(begun, run / "checkpoint.pt")
     for number in range(epochs + 1, 7):
         (run / f"{number}.pt").unlink()
@@ -609,7 +609,7 @@ KEPT = {
 
 
 def add_progress(file: Path) -> None:
-    torch.save(dldr.trajectory.read_tensors(file) | {"progress": {"batches": 3}}, file)
+    torch.save(read_tensors(file) | {"progress": {"batches": 3}}, file)
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -24,7 +24,6 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
-import dldr.trajectory
 import models
 import report
 import train_pbfgs
@@ -37,6 +36,8 @@ import training.network
 import training.setup
 import training.subspaces
 import utils
+from dldr.reading import read_tensors
+from dldr.trajectory import load_state_dict
 
 ROOT = Path(__file__).parent.parent
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "5"]
@@ -138,7 +139,7 @@ def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_subspace(scr
     directory = copy / script.__name__.removeprefix("train_")
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
     ends = [copy / "2.pt", directory / "model.th"]
-    start, end = (dldr.trajectory.load_state_dict(file) for file in ends)
+    start, end = (load_state_dict(file) for file in ends)
     moved = torch.cat([(end[name] - start[name]).flatten() for name in names]).double()
     basis = torch.from_numpy(np.load(directory / "basis.npz")["basis"]).double()
     assert moved.norm() > 0.1
@@ -182,7 +183,7 @@ def test_a_resumed_run_equals_an_unbroken_one(name, sampled, tmp_path, capsys):
             script.main([*options, "--epochs", stop, "--save-dir", str(save_dir), "--resume"])
         ends.append(torch.load(directory / "model.th", weights_only=True)["state_dict"])
         histories.append(rows(directory))
-        samples.append([dldr.trajectory.load_state_dict(save_dir / f"{i}.pt") for i in range(5)])
+        samples.append([load_state_dict(save_dir / f"{i}.pt") for i in range(5)])
     assert histories[0] == histories[1]
     assert len(histories[0]) == 4
     assert same(*ends)
@@ -215,7 +216,7 @@ def test_a_subspace_run_resumes_elsewhere(sampled, tmp_path):
             options = ["--resume"]
         train_psgd.main([*base, *options, "--epochs", "2"])
         assert (run / "psgd" / "basis.npz").exists()
-        ends.append(dldr.trajectory.load_state_dict(run / "psgd" / "model.th"))
+        ends.append(load_state_dict(run / "psgd" / "model.th"))
     assert same(*ends)
 
 
@@ -350,10 +351,10 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
     train_sgd.main(
         [*DIGITS, "--epochs", "1", "--save-dir", str(fresh), "--pretrained", str(public)]
     )
-    assert same(dldr.trajectory.load_state_dict(fresh / "0.pt"), state)
+    assert same(load_state_dict(fresh / "0.pt"), state)
     train_psgd.main([*SUBSPACE, "--epochs", "1", "--lr", "0", "--save-dir", str(copy),
                      "--pretrained", str(public)])  # fmt: skip
-    end = dldr.trajectory.load_state_dict(copy / "psgd" / "model.th")
+    end = load_state_dict(copy / "psgd" / "model.th")
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
 
 
@@ -374,7 +375,7 @@ def test_weights_of_old_torch_lack_counters_which_are_taken_as_0(copy, tmp_path)
     assert results[0] == results[1] == results[2]
     options = ["--pretrained", str(tmp_path / "old.th"), "--save-dir", str(tmp_path / "fresh")]
     train_sgd.main([*DIGITS, "--epochs", "1", *options])
-    start = dldr.trajectory.load_state_dict(tmp_path / "fresh" / "0.pt")
+    start = load_state_dict(tmp_path / "fresh" / "0.pt")
     counters = {name: torch.tensor(0) for name in state.keys() - old.keys()}
     assert same(start, state | counters)
 
@@ -388,7 +389,7 @@ def test_torchvision_weights_without_a_path(tmp_path, monkeypatch, capsys, refus
     options = ["--datasets", "digits", "--smalldatasets", "0.02", "--epochs", "1", "--pretrained"]
     options += ["--save-dir", str(tmp_path), "--arch"]
     train_sgd.main([*options, "shufflenet_v2_x0_5"])
-    first = dldr.trajectory.load_state_dict(tmp_path / "0.pt")
+    first = load_state_dict(tmp_path / "0.pt")
     different = [name for name in first if not torch.equal(first[name], delivered[name])]
     assert different == ["fc.weight", "fc.bias"]
     assert "left as initialized: fc.bias, fc.weight" in capsys.readouterr().out
@@ -415,7 +416,7 @@ def test_half_computes_in_bfloat16_and_keeps_float32(batch):
 def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
     """Both losses of the Armijo condition equal those of the network run in float32."""
     model = models.build("resnet8", 10)
-    training.network.copy_into(model, dldr.trajectory.load_state_dict(sampled / "6.pt"))
+    training.network.copy_into(model, load_state_dict(sampled / "6.pt"))
     subspace = models.Subspace(model, torch.nn.functional.normalize(torch.randn(1, 75290)))
     args = train_pbfgs.argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
@@ -440,9 +441,7 @@ def test_options_of_pbfgs_reach_the_training(copy, patch):
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
 
     def outside() -> float:
-        start, end = (
-            dldr.trajectory.load_state_dict(copy / name) for name in ("0.pt", "pbfgs/model.th")
-        )
+        start, end = (load_state_dict(copy / name) for name in ("0.pt", "pbfgs/model.th"))
         moved = torch.cat([(end[name] - start[name]).flatten() for name in names])
         basis = torch.from_numpy(np.load(copy / "pbfgs" / "basis.npz")["basis"])
         return float((moved - moved @ basis.T @ basis).norm() / moved.norm())
@@ -503,7 +502,7 @@ def test_networks_with_a_version_load(tmp_path):
     training.files.save(file, models.build("mnasnet0_5", 10).state_dict())
     model = models.build("mnasnet0_5", 10)
     training.network.load_weights(model, file, "mnasnet0_5")
-    assert same(model.state_dict(), dldr.trajectory.load_state_dict(file))
+    assert same(model.state_dict(), load_state_dict(file))
 
 
 def test_a_machine_without_git(tmp_path, monkeypatch):
@@ -553,7 +552,7 @@ def test_nothing_but_finished_files_is_left(tmp_path, monkeypatch):
     with pytest.raises(training.errors.InputError, match=r"could not be written \(disk full\)"):
         training.files.save(file, {"weight": torch.ones(1)})
     assert list(tmp_path.iterdir()) == [file]
-    assert dldr.trajectory.load_state_dict(file)["weight"] == 0
+    assert load_state_dict(file)["weight"] == 0
 
 
 def test_a_basis_is_computed_once_and_again_when_anything_changes(copy, patch, capsys):
@@ -617,7 +616,7 @@ def test_a_network_in_bfloat16_trains(tmp_path, monkeypatch):
     train_sgd.main([*base, "--epochs", "4", "--lr", "0.01"])
     for script in (train_psgd, train_pbfgs):
         script.main([*base, "--params_end", "5", "--n_components", "3", "--epochs", "3"])
-        saved = dldr.trajectory.read_tensors(tmp_path / script.__name__[6:] / "checkpoint.pt")
+        saved = read_tensors(tmp_path / script.__name__[6:] / "checkpoint.pt")
         assert saved["states"]["model"]["coordinates"].dtype == torch.float32
         assert saved["state_dict"]["layer.weight"].dtype == torch.bfloat16
         assert saved["rows"][-1]["train_loss"] < saved["rows"][0]["train_loss"]
@@ -658,7 +657,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path, undrawn):
         samples = utils.load_samples(tmp_path / str(every), 0, last + 1)
         assert not (tmp_path / str(every) / f"{last + 1}.pt").exists()
         for number, sample in enumerate(samples):
-            step = dldr.trajectory.load_state_dict(tmp_path / "1" / f"{(every or 6) * number}.pt")
+            step = load_state_dict(tmp_path / "1" / f"{(every or 6) * number}.pt")
             assert same(dict(sample), step)
     config = json.loads((tmp_path / "4" / "config.json").read_text())
     assert config["sample_epochs"] == pytest.approx([0, 4 / 6, 8 / 6, 2], abs=1e-6)

@@ -214,7 +214,7 @@ def read_basis(file: Path, n: int, dtype: torch.dtype) -> Tensor:
     # What rounding to its own type, or earlier to --basis-dtype, explains.
     rounding = max(torch.finfo(basis.dtype).eps, torch.finfo(dtype).eps, 1e-6)
     if (gram - torch.eye(len(gram))).abs().max() > 10 * rounding:
-        with blame(str(file)):
+        with blame(f"--basis: {file}"):
             basis = basis.double() / gram.diagonal().sqrt()[:, None]
             for _ in range(2):  # the second time for what rounding left
                 orthonormalize(basis)
