@@ -11,7 +11,7 @@ from conftest import DIGITS
 
 import models
 import report
-import reporting.pictures
+import reporting.figures
 import reporting.plots
 import reporting.results
 import train_pbfgs
@@ -183,7 +183,7 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     assert table.keys() == titles
     assert drawn["SGD, from sample 4"][0].tolist() == drawn["SGD"][4].tolist()
     runs = reporting.results.read([copy, tmp_path / "further"], [])
-    spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in reporting.pictures.curves(runs)}
+    spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in reporting.figures.curves(runs)}
     assert spans.pop("weight average (sample 4)")[1] == 4
     assert spans == {"SGD": (0, 6), "P-SGD": (4, 6), "SGD, from sample 4": (4, 7)}
     row = table["SGD, from sample 4"]

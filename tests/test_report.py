@@ -20,7 +20,7 @@ import dldr
 import models
 import report
 import reporting.analysis
-import reporting.pictures
+import reporting.figures
 import reporting.plots
 import reporting.results
 import reporting.tables
@@ -333,7 +333,7 @@ def test_accuracy_against_k_and_sampled_epochs(sampled, tmp_path):
     runs = reporting.results.read([save_dir], [])
 
     def shown(at, fixed):
-        ((_, series),) = reporting.pictures.sweeps(runs, at, fixed)
+        ((_, series),) = reporting.figures.sweeps(runs, at, fixed)
         return {name: {x: value for x, (value,) in own.items()} for name, own in series.items()}
 
     same = [averages[6]] * 3
