@@ -41,7 +41,11 @@ def markdown_page(sections: Sequence[Mapping[str, Any]], facts: str) -> str:
     """Tables and figures as Markdown."""
     text = ""
     for section in sections:
-        text += f"{tables.section_text(section)}\n" if "title" in section else ""
+        if "title" in section:
+            text += f"{tables.section_text(section)}\n"
+            text += "".join(f"* {message}\n" for message in section["messages"]) + "\n"
+        if section.get("settings"):
+            text += f"{tables.markdown(section['settings'])}\n"
         for figure in section["figures"]:
             text += f"![{figure.caption}]({figure.name}.png)\n\n{figure.caption}\n\n"
     return f"{text}{facts}\n"

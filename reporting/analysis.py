@@ -122,8 +122,7 @@ class Probe:
         self.correct = labels[which] == train.labels[which]
         split = train._replace(images=train.images[which], labels=labels[which])
         self.train = utils.make_loader(split, args, LANDSCAPE_IMAGES)
-        most = max(LANDSCAPE_LEAST, LANDSCAPE_PIXELS // args.image_size**2)
-        self.landscape_images = min(len(which), LANDSCAPE_IMAGES, most)
+        self.landscape_images = landscape_images(args.image_size, len(which))
         self.test = utils.make_loader(test, args)
         self.model = models.build(args.arch, classes, args.image_size).to(args.device).eval()
         self.args, self.trajectory = args, trajectory
@@ -276,6 +275,12 @@ def loss_on(plane: Subspace, batch: tuple[Tensor, Tensor], points: np.ndarray) -
     what = f"loss landscape of {len(images)} images"
     loss = announced(lambda: cross_entropy(plane, images, labels, False)[0], what, len(points))
     return landscape(loss, plane, points).cpu().numpy()  # the only host sync
+
+
+def landscape_images(size: int, most: int) -> int:
+    """On how many images of so many pixels a side the landscape is computed, of `most`."""
+    count = min(LANDSCAPE_IMAGES, max(LANDSCAPE_LEAST, LANDSCAPE_PIXELS // size**2))
+    return min(count, most)
 
 
 def announced(function: Callable[[], Any], what: str, total: int) -> Callable[[], Any]:

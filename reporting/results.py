@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dldr.trajectory import abbreviate
 from training.files import EXPERIMENT, PREPROCESSING, fingerprint
 
 # What seeds of one experiment have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "schedule", "weight_decay", "batch_size", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
 SETTINGS += ("image_size", *PREPROCESSING)
+CHANGES = (*SETTINGS, "epochs", "device")  # of these a resumed run's report says that they changed
 # Methods and optimizers; others go by the name that their script recorded.
 NAMES = {"average": "weight average", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", None: "SGD"}
@@ -96,6 +98,21 @@ class Result:
         first, last = self.variant.get("snapshots", (0, 0))
         return self.kind == "average" and first == last // 2 + 1
 
+    @property
+    def messages(self) -> list[str]:
+        """What the run recorded that its table does not show: other settings from some epoch on."""
+        lines = []
+        for session in self.sessions:
+            changed = session.get("changed", {}).items()
+            parts = [f"{name} {old} → {new}" for name, (old, new) in changed if name in CHANGES]
+            if parts:
+                lines.append(f"from epoch {session['from_epoch']} on: {', '.join(parts)}")
+        lagging = [row["epoch"] for row in self.rows if row.get("statistics_lag")]
+        if lagging:
+            epochs = f"epoch{'s' if len(lagging) > 1 else ''} {abbreviate(lagging)}"
+            lines.append(f"BatchNorm's statistics lag at {epochs}; --bn-update recomputes them")
+        return lines
+
     def seconds(self, rows: int) -> float:
         """Of training, sampling included, until the metrics have so many rows.
 
@@ -126,6 +143,8 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """The kind of a run: all that has a basis trained in a subspace."""
+    if "kind" in config:
+        return config["kind"]
     if config["arguments"]["basis"]:
         return "subspace"
     return "average" if config["method"] == "average" else "full"

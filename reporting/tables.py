@@ -69,6 +69,7 @@ def tabulate(results: Sequence[Result]) -> list[dict]:
         row["seconds"] = [result.seconds(len(result.rows)) for result in seeds]
         row["cost"] = [cost(result, result.trajectory.final) for result in seeds]
         row["settings"] = {name: first.arguments[name] for name in RECORDED} if epochs else {}
+        row["messages"] = [result.messages for result in seeds]
         table.append(row)
     return table
 
@@ -84,6 +85,7 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
             "results": results_table(rows),
             "cost": cost_table(rows),
             "settings": settings_table(rows),
+            "messages": messages(rows),
         }
     return dict(sorted(parts.items()))
 
@@ -131,6 +133,15 @@ def settings_table(rows: Iterable[dict]) -> list[dict]:
         {"method": row["title"]} | {OPTIONS[name]: setting(row, name) for name in shown}
         for row in trained
     ]
+
+
+def messages(rows: Iterable[dict]) -> list[str]:
+    """What the runs recorded, in a line each."""
+    lines = []
+    for row in [row for row in rows if "messages" in row and row["kind"] != "partial"]:
+        for seed, recorded in zip(row["seeds"], row["messages"], strict=True):
+            lines += [f"{row['title']}, seed {seed}: {message}" for message in recorded]
+    return lines
 
 
 def setting(row: Mapping[str, Any], name: str) -> str:
