@@ -1,6 +1,6 @@
 """The principal components of a trajectory, and what of them chance explains (DLDR: §3.2)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,18 +81,29 @@ def spectrum(snapshots: Any, names: Iterable[str] | None = None, device: Any = "
 def random_walk_spectrum(steps: Any) -> Tensor:
     """The `spectrum` of a random walk with these step lengths, in the limit of many dimensions.
 
-    `steps` are T − 1 lengths; so is the result. Position i of the walk has the covariance
-    Σ_{t ≤ min(i, j)} |step_t|² with position j. The eigenvalues of that matrix, centered, are the
-    variances (Antognini and Sohl-Dickstein, NeurIPS 2018, for steps of equal length). A trajectory
-    whose first components explain no more than these is no closer to a plane than chance.
+    `steps` are T − 1 lengths; so is the result. A trajectory whose first components explain no
+    more than these is no closer to a plane than chance (Antognini and Sohl-Dickstein, NeurIPS 2018,
+    for steps of equal length).
+    """
+    values = torch.linalg.eigvalsh(random_walk_gram(steps)).flip(0).clamp(min=0)
+    return values[:-1] / values.sum()
+
+
+def random_walk_gram(steps: Any) -> Tensor:
+    """The Gram matrix (T, T) about their mean of the positions of a random walk, as expected.
+
+    The `steps`, T − 1 lengths, are orthogonal to each other, as in many dimensions those of a walk
+    are: positions i and j have the product Σ_{t ≤ min(i, j)} |step_t|².
     """
     steps = torch.as_tensor(steps, dtype=torch.float64)
     variance = torch.cat([steps.new_zeros(1), steps.square().cumsum(0)])
-    covariance = torch.minimum(variance[:, None], variance[None])
-    covariance = covariance - covariance.mean(0)
-    covariance = covariance - covariance.mean(1, keepdim=True)
-    values = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
-    return values[:-1] / values.sum()
+    return centered(torch.minimum(variance[:, None], variance[None]))
+
+
+def centered(gram: Tensor) -> Tensor:
+    """A Gram matrix (S, T) as of two sets of vectors about the mean of each."""
+    gram = gram - gram.mean(0)
+    return gram - gram.mean(1, keepdim=True)
 
 
 def principal_angles(basis: Tensor, other: Tensor) -> Tensor:
@@ -142,15 +153,28 @@ def gram_matrix(snapshots: Sequence[Mapping], names: Sequence[str], device: Any 
     In float64: with a matrix in float32 the basis made from it is not orthonormal (an error of
     0.24 was measured). Raises ValueError for values that are not finite.
     """
-    gram = torch.zeros(len(snapshots), len(snapshots), dtype=torch.float64, device=device)
-    for _, _, block in centered_blocks(snapshots, names, device):
-        gram.addmm_(block, block.T)
-    if not gram.isfinite().all():
+    return gram_matrices(snapshots, names, lambda name: "", device)[""]
+
+
+def gram_matrices(
+    snapshots: Sequence[Mapping],
+    names: Sequence[str],
+    layer_of: Callable[[str], str],
+    device: Any = "cpu",
+) -> dict[str, Tensor]:
+    """The `gram_matrix` of each layer, all in one read: their sum is that of the network."""
+    grams: dict[str, Tensor] = {}
+    T = len(snapshots)
+    for name, _, block in centered_blocks(snapshots, names, device):
+        if (layer := layer_of(name)) not in grams:
+            grams[layer] = torch.zeros(T, T, dtype=torch.float64, device=device)
+        grams[layer].addmm_(block, block.T)
+    if not all(gram.isfinite().all() for gram in grams.values()):
         for position, snapshot in enumerate(snapshots):
             if not all(snapshot[name].isfinite().all() for name in names):
                 raise ValueError(f"{called(snapshot, position)} holds values that are not finite")
         raise ValueError("the snapshots are too large")
-    return gram
+    return grams
 
 
 def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:

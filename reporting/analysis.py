@@ -16,7 +16,7 @@ from tqdm import tqdm
 import models
 import utils
 from dldr import Subspace, average, landscape, pca, random_walk_spectrum, trainable
-from dldr.pca import gram_matrix, principal_axes, step_lengths, with_names
+from dldr.pca import centered, gram_matrix, principal_axes, step_lengths, with_names
 from dldr.trajectory import load_samples, load_state_dict, snapshot_numbers
 from reporting.results import Experiment, Result, grouped, one_per_name, skipping
 from training.files import sample_range
@@ -70,8 +70,7 @@ class Gram:
         steps = step_lengths(gram)
         if not steps.any():
             raise ValueError("the snapshots are all the same")
-        centered = gram - gram.mean(0)
-        variances, _ = principal_axes(centered - centered.mean(1, keepdim=True))
+        variances, _ = principal_axes(centered(gram))
         variances = variances.clamp(min=0)
         return (variances / variances.sum())[:-1], random_walk_spectrum(steps)
 
