@@ -47,7 +47,7 @@ from training.network import build_model
 from training.run import Run, evaluate_only
 from training.setup import parse_args
 from training.subspaces import find_basis, load_start, load_subspace_samples
-from utils import batch_sizes, load_data
+from utils import batch_sizes, load_data, seed_all
 
 
 class Batch:
@@ -72,7 +72,7 @@ class Batch:
 
     def losses(self, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Each batch's part of the mean loss, and its logits."""
-        torch.manual_seed(self.seed)  # all trials of a step see the same dropout
+        seed_all(self.seed)  # all trials of a step see the same dropout
         for images, labels in self.batches:
             loss, logits = cross_entropy(self.subspace, images, labels, half)
             yield weighted(loss, len(labels) / self.size), logits

@@ -63,7 +63,7 @@ from training.network import build_model, copy_into
 from training.run import Run, evaluate_only, set_lr
 from training.setup import parse_args
 from training.subspaces import check_samples, load_trajectory
-from utils import batch_sizes, load_data
+from utils import batch_sizes, load_data, seed_all
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -72,7 +72,11 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(trained, momentum=args.momentum, **settings)
+        optimizer = torch.optim.SGD(trained, momentum=args.momentum, **settings)
+        for parameter in trained if args.momentum else ():
+            # torch's fused SGD stops where some parameters get their first gradient later.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return kind(trained, **settings)
 
@@ -102,7 +106,8 @@ def test_average(args: argparse.Namespace) -> dict:
         run.start(data, model)
         if not run.rows:
             began = time.perf_counter()
-            recompute_statistics(model, run.signals.until(data.train.epoch()))
+            seed_all(args.randomseed)  # dropout draws here, too
+            recompute_statistics(model, run.signals.until(data.train.epoch()), args.half)
             row = {"epoch": 0, "seconds": time.perf_counter() - began}
             run.record(row | evaluate(model, run.signals.until(data.test.epoch()), args.half))
     row = run.rows[-1]

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import random as python_random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,9 +69,15 @@ class Data(NamedTuple):
 def rng(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     """Random numbers that depend on (seed, purpose, index) only, the same on every device."""
     # Purposes count from 1: numpy takes [seed] and [seed, 0] for the same seed.
-    purposes = {"corrupt": 1, "subset": 2, "epoch": 3, "network": 4, "report": 5, "statistics": 6}
-    purposes |= {"walk": 8}
-    return np.random.default_rng([seed, purposes[purpose], index])
+    names = "corrupt", "subset", "epoch", "network", "report", "statistics", "basis", "walk"
+    return np.random.default_rng([seed, 1 + names.index(purpose), index])
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch's random numbers, and those of random and numpy, which some networks draw."""
+    torch.manual_seed(seed)
+    python_random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:

@@ -19,10 +19,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             raise ValueError(f"{name} is complex; allowed: real numbers (torch.view_as_real)")
         if nn.parameter.is_lazy(p):
             raise ValueError(f"{name} is lazy; give its module a size, or a first batch")
-        if any(size > 1 and step == 0 for size, step in zip(p.shape, p.stride(), strict=True)):
+        if overlaps(p):
             raise ValueError(f"{name} is an expanded view; give it its own memory: .clone()")
     real = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     return {name: p for name, p in real.items() if p.requires_grad} or real
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded view: it cannot be written to."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and step == 0 for size, step in pairs)
 
 
 def flatten(model: nn.Module) -> Tensor:

@@ -245,11 +245,16 @@ def places(
                 yield name_of[id(parameter)], module, attribute
 
 
-@torch.no_grad()
 def check_network(model: nn.Module) -> None:
     """ValueError for a network that would not see θ(z), or that changes its own weights."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("scripted networks keep their parameters to themselves; use the original")
+    check_modes(model)
+
+
+@torch.no_grad()
+def check_modes(model: nn.Module) -> None:
+    """ValueError for a network whose weights are others in training and in evaluation."""
     if all(type(module).train is nn.Module.train for module in model.modules()):
         return
     modes = {module: module.training for module in model.modules()}

@@ -41,7 +41,7 @@ def accuracies(save_dir: Path) -> list[float]:
     model, found = build_model(args, data), []
     for first in FIRST:
         copy_into(model, utils.average(utils.load_samples(save_dir, first, LAST + 1)))
-        recompute_statistics(model, data.train.epoch())
+        recompute_statistics(model, data.train.epoch(), args.half)
         found.append(evaluate(model, data.test.epoch(), args.half)["test_acc"])
     return found
 

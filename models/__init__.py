@@ -1,7 +1,10 @@
 """Every network the scripts can train, by name; and `Subspace`, which restricts one."""
 
 import importlib
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torchvision
@@ -90,7 +93,22 @@ def imported(arch: str) -> Callable[..., nn.Module]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{arch}: {error}; PYTHONPATH says where modules are") from error
+        sought = error.name if isinstance(error, ImportError) and error.name else module
+        top = sought.partition(".")[0]
+        file = getattr(sys.modules.get(top), "__file__", None)
+        hint = "PYTHONPATH says where modules are"
+        if file and Path(file).is_relative_to(Path(__file__).parent.parent):
+            hint = f"{file} belongs to these scripts and comes before others that are called {top}"
+        raise ValueError(f"{arch}: {error}; {hint}") from error
+    except Exception as error:
+        raise ValueError(f"{arch}: {described(error)}") from error
+
+
+def described(error: Exception) -> str:
+    """The kind, the message and the place of what other people's code raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return f"{type(error).__name__}: {error} ({where})"
 
 
 def listing() -> str:

@@ -21,7 +21,7 @@ from dldr.trajectory import load_samples, load_state_dict, snapshot_numbers
 from reporting.results import Experiment, Result, grouped, one_per_name, skipping
 from training.files import sample_range
 from training.losses import cross_entropy, evaluate
-from training.network import copy_into, load_weights
+from training.network import copy_into, load_weights, renamed
 from training.subspaces import load_basis
 
 TRAINING_IMAGES = 5000  # at most this many are used for the training accuracy
@@ -140,7 +140,7 @@ class Probe:
         """Test accuracy in percent of the network that training started from, if it is there."""
         numbers = started_from(result)
         if numbers not in self.starts and (samples := load(result, numbers)):
-            copy_into(self.model, average(samples))
+            copy_into(self.model, renamed(average(samples), self.model))
             self.starts[numbers] = evaluate(self.model, self.test.epoch(), False)["test_acc"]
         return self.starts.get(numbers)
 

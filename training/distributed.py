@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dldr.distributed import all_mean, all_reduce, world_size
-from dldr.parameters import RUNNING_STATISTICS
+from dldr.distributed import all_mean, all_reduce, broadcast, world_size
+from dldr.parameters import RUNNING_STATISTICS, overlaps
 from training.errors import InputError, under_torchrun
 
 
@@ -73,8 +73,12 @@ def all_sum(totals: Mapping[str, Tensor | float]) -> dict[str, float]:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Give all processes the mean of the running statistics of normalization layers."""
+    """Give all processes the same buffers: the mean of BatchNorm's statistics, else rank 0's."""
     if world_size() > 1:
         for name, buffer in model.named_buffers():
             if name.rpartition(".")[2] in RUNNING_STATISTICS:
                 all_mean(buffer)
+            elif not overlaps(buffer):
+                sent = buffer.contiguous().view(-1)
+                broadcast(sent.view(torch.uint8))  # gloo does not know all types
+                buffer.copy_(sent.view(buffer.shape))

@@ -343,7 +343,8 @@ def check_disk(args: argparse.Namespace, model: nn.Module, numbers: range) -> No
     count = len(numbers) - (0 if args.overwrite else there)
     if not count:
         return
-    size = sum(value.nbytes for value in model.state_dict().values())
+    state = model.state_dict().values()
+    size = sum(value.nbytes for value in state if isinstance(value, Tensor))
     # checkpoint.pt takes three sizes, twice while the next one is written, and model.th one.
     needed = (len(numbers) - there + 7) * size
     free = on_rank0(lambda: shutil.disk_usage(args.save_dir).free)

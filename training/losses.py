@@ -1,14 +1,17 @@
 """What is minimized, and what is measured: loss, penalty, test loss and accuracy."""
 
 import argparse
+import copy
 from collections import Counter
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.distributed import all_sum, average_buffers
+from utils import seed_all
 
 
 def cross_entropy(
@@ -41,9 +44,11 @@ def objective(loss: Tensor, weight: float, args: argparse.Namespace, subspace: n
 def evaluate(model: nn.Module, batches: Iterable, half: bool) -> dict[str, float]:
     """Mean loss, and accuracy in percent, with BatchNorm's running statistics.
 
-    With 100 classes or more, also the top-5 accuracy.
+    With 100 classes or more, also the top-5 accuracy. Networks that draw random numbers in
+    evaluation, too, draw the same in every test.
     """
     average_buffers(model)
+    seed_all(0)
     model.eval()
     totals: Counter = Counter()
     for images, labels in batches:
@@ -67,12 +72,29 @@ def accuracy_text(row: dict) -> str:
     return f"{row['test_acc']:6.2f} %{top5}"
 
 
-def recompute_statistics(model: nn.Module, batches: Iterable) -> None:
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, batches: Iterable, half: bool) -> None:
     """Set BatchNorm's running statistics to the mean of the statistics of all batches of images.
 
     Weights that were never trained through, such as averages, need that (Izmailov et al., UAI
-    2018, §3.2).
+    2018, §3.2). Layers that gather none, such as frozen ones, keep theirs.
     """
-    # A compiled model would be compiled again for each factor.
-    with torch.compiler.set_stance("force_eager"):
-        torch.optim.swa_utils.update_bn(batches, model)
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    before = [copy.deepcopy(layer._buffers) for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean of all batches
+    model.train()
+    try:
+        # A compiled model would be compiled again for each factor.
+        with torch.compiler.set_stance("force_eager"):
+            for batch in batches if layers else ():
+                images = batch if isinstance(batch, Tensor) else batch[0]
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+                    model(images)
+    finally:  # a signal may end it, and what is saved then must have the frozen ones
+        for layer, momentum, buffers in zip(layers, momenta, before, strict=True):
+            layer.momentum = momentum
+            for name, value in buffers.items() if not layer.num_batches_tracked else ():
+                layer._buffers[name].copy_(value)

@@ -37,9 +37,9 @@ from training.losses import (
     recompute_statistics,
     weighted,
 )
-from training.network import build_model, check_fits, copy_into, load_weights
+from training.network import build_model, check_fits, copy_into, load_weights, state_of
 from training.subspaces import Basis
-from utils import Data, batch_sizes, load_data, rng
+from utils import Data, batch_sizes, load_data, rng, seed_all
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> None:
@@ -281,7 +281,7 @@ class Run:
         try:
             with self.bar, blame():
                 for images, labels in self.bar:
-                    torch.manual_seed(int(seeds[self.done]) + 2 * rank())
+                    seed_all(int(seeds[self.done]) + 2 * rank())
                     self.weight = len(labels) * world_size() / self.sizes[self.done]
                     yield images, labels
         finally:
@@ -342,8 +342,8 @@ class Run:
         if args.bn_update:
             # Dropout draws random numbers here, too.
             seed = rng(args.randomseed, "statistics", self.epoch).integers(2**63)
-            torch.manual_seed(int(seed) + rank())
-            recompute_statistics(self.model, self.single_batches())
+            seed_all(int(seed) + rank())
+            recompute_statistics(self.model, self.single_batches(), args.half)
         with blame():  # an image that cannot be read
             row |= evaluate(self.model, self.signals.until(self.data.test.epoch()), args.half)
         self.record(row)
@@ -399,7 +399,7 @@ class Run:
             sums = all_sum(self.totals)
             progress = {"batches": self.done, "totals": sums, "seconds": self.seconds}
         needed = {
-            "states": {name: part.state_dict() for name, part in self.states.items()},
+            "states": {name: state_of(part) for name, part in self.states.items()},
             "rows": self.rows,
             "progress": progress,
             "arguments": {name: getattr(self.args, name) for name in RESUMED + MIDWAY},

@@ -19,7 +19,7 @@ from dldr.trajectory import Snapshot, abbreviate, load_samples, snapshot_numbers
 from training.errors import InputError, blame
 from training.files import check_config, check_file, fingerprint, sample_range, save
 from training.memory import check_basis_memory
-from training.network import check_fits, copy_into, load_weights
+from training.network import check_fits, copy_into, load_weights, renamed
 from training.options import BASES
 from utils import rng
 
@@ -91,9 +91,12 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Snapshot]:
 
 
 def check_samples(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.Module) -> None:
-    """InputError that names a sample that does not fit --arch."""
+    """InputError that names a sample that does not fit --arch; the samples get its names."""
     with blame():
         for sample in samples:
+            state = renamed(sample, model)
+            sample.clear()
+            sample.update(state)
             check_fits(sample, model, sample.file, args.arch)
 
 
