@@ -12,7 +12,6 @@ import dldr
 import train_pbfgs
 import train_psgd
 import train_sgd
-from dldr.trajectory import read_tensors
 from training.losses import recompute_statistics
 from training.network import copy_into, full_state
 
@@ -36,7 +35,7 @@ def without_lr(options: list[str]) -> list[str]:
 
 
 def saved(directory: Path) -> dict:
-    return read_tensors(directory / "checkpoint.pt")
+    return torch.load(directory / "checkpoint.pt")
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
