@@ -109,7 +109,7 @@ def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, ca
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("few", "gives (2, 9) for two images, not (2, 10) numbers"),
+        ("few", "gives (2, 9) for two images of 8 × 8, not (2, 10) numbers"),
         ("rows", "gives (2, 8, 6, 6) for two images"),
         ("pair", "gives tuple for two images"),
         ("fails", "not for training"),
@@ -141,7 +141,7 @@ def test_batches_of_one_image_are_refused_though_many_make_a_step(module, tmp_pa
     train_sgd.main(options)
     single = ["--batch-size", "1", "--accumulate", "4", "--n_components", "2", "--params_end", "3"]
     line = refused(train_pbfgs.main, [*options, *single])
-    assert "--batch-size 1: a batch of one image" in line
+    assert "cannot take a batch of one image, --batch-size 1: " in line
     assert train_pbfgs.main([*options, *single[2:]])["epoch"] == 2
 
 

@@ -87,18 +87,21 @@ def check_network(args: argparse.Namespace, model: nn.Module, data: Data) -> Non
     if not args.evaluate and not any(p.requires_grad for p in parameters.values()):
         raise InputError(f"--arch {args.arch}: has no parameters to train")
     size, classes = args.image_size, data.num_classes
-    images = 1 if 1 in (len(data.train), args.batch_size) and not args.evaluate else 2
-    # Every network fails in its own way on images too small for it, or on one alone.
-    cannot = f"--arch {args.arch}: cannot take {images} images of {size} × {size}"
+    count, images = 2, f"two images of {size} × {size}"
+    if 1 in (len(data.train), args.batch_size) and not args.evaluate:
+        count, images = 1, f"a batch of one image, --batch-size {args.batch_size}"
     with rehearsal(model) as stand_in:
         with blame(f"--arch {args.arch}"):
             check_modes(stand_in)
-        with blame(cannot, Exception):
-            outputs = try_out(args, stand_in.to(args.device), data, images)
+        # Every network fails in its own way on images too small for it, or on one alone.
+        with blame(f"--arch {args.arch}: cannot take {images}", Exception):
+            outputs = try_out(args, stand_in.to(args.device), data, count)
     for logits in outputs:
-        shape = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
-        if len(shape) != 2 or shape[0] != images or shape[1] < classes:
-            raise InputError(f"--arch {args.arch}: gives {shape}, not ({images}, {classes}) logits")
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if len(shape) != 2 or shape[0] != count or shape[1] < classes:
+            raise InputError(
+                f"--arch {args.arch}: gives {shape} for {images}, not ({count}, {classes}) numbers"
+            )
 
 
 @contextlib.contextmanager
