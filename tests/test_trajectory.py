@@ -412,3 +412,41 @@ def test_a_fingerprint_tells_contents(kind):
         WRITERS[kind](state | {"bias": torch.tensor([value])})
         digests.append(fingerprint([Path("1.pt")]))
     assert digests[0] == digests[1] != digests[2]
+
+
+# ------------------------------------------------------------------- what real libraries wrote
+
+HERE = Path(__file__).parent / "files"
+TOOLS = {
+    "lightning": ("lightning", {}),
+    "timm": ("timm", {"key": "state_dict"}),
+    "timm, ema": ("timm", {"key": "state_dict_ema"}),
+    "transformers": ("transformers", {}),
+    "shards": ("shards", {}),
+    "peft": ("peft", {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_files_of_other_tools(tool):
+    """Oracle: what each tool's own loader read from them, see files/make.py."""
+    folder, options = TOOLS[tool]
+    expected = np.load(HERE / "expected.npz")
+    snapshots = dldr.load_trajectory(HERE / folder, **options)
+    assert len(snapshots) == 2
+    for snapshot in snapshots:
+        names = expected[f"{tool}/{snapshot.file.name}/names"]
+        assert sorted(snapshot) == list(names)
+        values = torch.cat([snapshot[name].double().flatten() for name in names])
+        assert np.array_equal(values, expected[f"{tool}/{snapshot.file.name}/values"])
+
+
+def test_the_tools_names_become_the_network_s():
+    """Lightning's prefix is that of an attribute. Oracle: the network's names."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"left out.*last\.ckpt"):
+        snapshots = dldr.load_trajectory(HERE / "lightning", model=net)
+    assert [list(snapshot) for snapshot in snapshots] == [list(net.state_dict())] * 2
+    with pytest.raises(ValueError, match="allowed as key: state_dict, state_dict_ema"):
+        dldr.load_trajectory(HERE / "timm", model=net)
