@@ -18,6 +18,7 @@ import report
 import train_pbfgs
 import train_psgd
 import train_sgd
+import trajectory
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
 README, OWN, OPTIONS, DISTRIBUTED = (
@@ -98,7 +99,7 @@ def test_the_example_of_own_loops_runs(capsys):
 
 
 def test_every_option_is_told():
-    for script in (train_sgd, train_psgd, train_pbfgs, report):
+    for script in (train_sgd, train_psgd, train_pbfgs, report, trajectory):
         for action in script.get_options()._actions:
             for flag in [flag for flag in action.option_strings if flag.startswith("--")][:1]:
                 assert flag == "--help" or f"`{flag}" in OPTIONS, flag
