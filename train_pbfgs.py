@@ -5,7 +5,6 @@
 With --alpha above 0 it is P+-BFGS: it also moves along the gradient outside the subspace.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -25,11 +24,21 @@ def get_options() -> Parser:
     parser = get_parser("pbfgs", __doc__.splitlines()[0], "resnet32", epochs=100, weight_decay=0.0)
     add_subspace_options(parser)
     add = parser.groups["training"].add_argument
-    add("--alpha", type=nonnegative, metavar="A", default=0.0,
-        help="learning rate along the gradient outside the subspace")  # fmt: skip
+    add(
+        "--alpha",
+        type=nonnegative,
+        metavar="A",
+        default=0.0,
+        help="learning rate along the gradient outside the subspace",
+    )
     add("--gamma", type=fraction, metavar="G", default=0.9, help="momentum of the step of --alpha")
-    add("--accumulate", type=positive, metavar="N", default=1,
-        help="batches per step; gradient and line search use all of them")  # fmt: skip
+    add(
+        "--accumulate",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="batches per step; gradient and line search use all of them",
+    )
     return parser
 
 
@@ -41,32 +50,27 @@ from torch import Tensor
 
 from dldr import PBFGS, Subspace, frozen_buffers
 from dldr.distributed import all_mean, world_size
-from training.errors import blame, entry_point
+from training.errors import entry_point
 from training.losses import cross_entropy, objective, penalty, weighted
 from training.network import build_model
 from training.run import Run, evaluate_only
 from training.setup import parse_args
 from training.subspaces import find_basis, load_start, load_subspace_samples
-from utils import batch_sizes, load_data, seed_all
+from utils import batch_sizes, seed_all
 
 
 class Batch:
     """The images of one step: their loss and gradient at z, and their loss at any other z.
 
-    They are --accumulate batches, which go through the network one by one; `weight` is the share
-    of this process's mean loss in the mean over all processes.
+    They are --accumulate batches, which go through the network one by one.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, subspace: Subspace, images: Tensor, labels: Tensor,
-        weight: float
-    ) -> None:  # fmt: skip
-        self.args, self.subspace, self.weight = args, subspace, weight
-        whole = round(len(images) * world_size() / weight)  # the images of all processes
-        count = len(batch_sizes(whole, args.batch_size))
-        self.batches = list(
-            zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
-        )
+    def __init__(self, run: Run, subspace: Subspace, images: Tensor, labels: Tensor) -> None:
+        self.args, self.subspace, self.weight = run.args, subspace, run.weight
+        whole = round(len(images) * world_size() / run.weight)  # the images of all processes
+        count = len(batch_sizes(whole, run.args.batch_size))
+        parts = images.tensor_split(count), labels.tensor_split(count)
+        self.batches = list(zip(*parts, strict=True))
         self.size = len(images)
         self.seed = torch.initial_seed() + 1
 
@@ -125,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return evaluate_only(args)
     samples = load_subspace_samples(args)
     with Run(args) as run:
-        with blame():
-            data = load_data(args)
+        data = run.load_data()
         model = build_model(args, data)
         load_start(args, samples, model)
         basis = find_basis(args, samples, model)
@@ -142,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for _ in run.epochs():
             for images, labels in run.batches():
                 subspace.zero_grad()
-                batch = Batch(args, subspace, images, labels, run.weight)
+                batch = Batch(run, subspace, images, labels)
                 loss, logits, start = batch.backward()
                 trials = optimizer.step(batch.evaluate, start)
                 if args.alpha:

@@ -1,4 +1,4 @@
-"""2. P-SGD: plain SGD on the coordinates in the subspace that the sampled trajectory spans.
+"""2. P-SGD: SGD on the coordinates in the subspace that the sampled trajectory spans.
 
 python train_psgd.py --arch resnet20 --params_end 81 --epochs 40 --save-dir save
 """
@@ -7,17 +7,19 @@ from collections.abc import Sequence
 
 from training.options import (
     Parser,
-    add_schedule_options,
+    add_optimizer_options,
     add_subspace_options,
     answer_early,
     get_parser,
 )
 
+LEARNING_RATES = {"sgd": 1.0, "adam": 0.1, "adamw": 0.1}
+
 
 def get_options() -> Parser:
     """The command line."""
     parser = get_parser("psgd", __doc__.splitlines()[0], "resnet32", epochs=100, weight_decay=0.0)
-    add_schedule_options(parser, 1.0, "learning rate", [30, 50])
+    add_optimizer_options(parser, LEARNING_RATES, {"": [30, 50]}, "30 50")
     add_subspace_options(parser)
     return parser
 
@@ -25,16 +27,13 @@ def get_options() -> Parser:
 if __name__ == "__main__":
     answer_early(get_options())  # importing torch takes seconds
 
-import torch
-
 from dldr import Subspace
 from training.distributed import data_parallel
-from training.errors import blame, entry_point
+from training.errors import entry_point
 from training.network import build_model
-from training.run import Run, evaluate_only, set_lr
+from training.run import Run, evaluate_only, make_optimizer, set_lr
 from training.setup import parse_args
 from training.subspaces import find_basis, load_start, load_subspace_samples
-from utils import load_data
 
 
 @entry_point
@@ -45,13 +44,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return evaluate_only(args)
     samples = load_subspace_samples(args)
     with Run(args) as run:
-        with blame():
-            data = load_data(args)
+        data = run.load_data()
         model = build_model(args, data)
         load_start(args, samples, model)
         basis = find_basis(args, samples, model)
         subspace = Subspace(model, basis.vectors.to(args.device))
-        optimizer = torch.optim.SGD([subspace.coordinates], args.lr, args.momentum)
+        optimizer = make_optimizer(args, [subspace.coordinates])
         network = data_parallel(subspace)
 
         run.start(data, subspace, optimizer, basis)

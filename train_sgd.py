@@ -12,45 +12,51 @@ from pathlib import Path
 
 from training.options import (
     Parser,
-    add_schedule_options,
+    add_optimizer_options,
     answer_early,
     get_parser,
     natural,
-    one_of,
     positive,
     run_name,
 )
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
 # Epochs after which the learning rate drops to a tenth.
-MILESTONES = {"CIFAR100": [150], "ImageNet": list(range(30, 1000, 30))}
-USUAL_MILESTONES = [100, 150]
+MILESTONES = {"CIFAR100": [150], "ImageNet": list(range(30, 1000, 30)), "": [100, 150]}
 
 
 def get_options() -> Parser:
     """The command line."""
     parser = get_parser("sgd", __doc__.splitlines()[0], "resnet20", epochs=200, weight_decay=1e-4)
-    rates = "learning rate (default: 0.1, with adam and adamw 0.001)"
-    usual = " (default: 100 150, on CIFAR100 150, on ImageNet every 30)"
-    add_schedule_options(parser, None, rates, None, usual)
-    add = parser.groups["training"].add_argument
-    add("--optimizer", type=one_of("optimizer", list(LEARNING_RATES)), metavar="NAME",
-        default="sgd", help="sgd, adam or adamw")  # fmt: skip
+    usual = "100 150, on CIFAR100 150, on ImageNet every 30"
+    add_optimizer_options(parser, LEARNING_RATES, MILESTONES, usual)
     add = parser.groups["run"].add_argument
-    add("--run", type=run_name, metavar="NAME",
-        help="with --average: its directory in --save-dir (default: average)")  # fmt: skip
-    add("--average", type=natural, nargs=2, metavar=("START", "END"),
+    add(
+        "--run",
+        type=run_name,
+        metavar="NAME",
+        help="with --average: its directory in --save-dir (default: average)",
+    )
+    add(
+        "--average",
+        type=natural,
+        nargs=2,
+        metavar=("START", "END"),
         help="no training: test the weight average of the samples START to END − 1, with "
-        "BatchNorm's statistics recomputed")  # fmt: skip
-    add("--sample-every", type=positive, metavar="STEPS",
-        help="steps between samples, which are numbered 0, 1, … (default: an epoch)")  # fmt: skip
+        "BatchNorm's statistics recomputed",
+    )
+    add(
+        "--sample-every",
+        type=positive,
+        metavar="STEPS",
+        help="steps between samples, which are numbered 0, 1, … (default: an epoch)",
+    )
     return parser
 
 
 if __name__ == "__main__":
     answer_early(get_options())  # importing torch takes seconds
 
-import torch
 from torch import nn
 
 from dldr.distributed import print0
@@ -60,25 +66,10 @@ from training.errors import InputError, blame, entry_point
 from training.files import check_disk, save
 from training.losses import evaluate, recompute_statistics
 from training.network import build_model, copy_into
-from training.run import Run, evaluate_only, set_lr
+from training.run import Run, evaluate_only, make_optimizer, set_lr
 from training.setup import parse_args
 from training.subspaces import check_samples, load_trajectory
-from utils import batch_sizes, load_data, seed_all
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer."""
-    # Fused: one pass over all parameters, at 8 × 8 pixels 5 % of the step.
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained, momentum=args.momentum, **settings)
-        for parameter in trained if args.momentum else ():
-            # torch's fused SGD stops where some parameters get their first gradient later.
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
-    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return kind(trained, **settings)
+from utils import batch_sizes, seed_all
 
 
 def save_sample(args: argparse.Namespace, model: nn.Module, number: int) -> None:
@@ -98,8 +89,7 @@ def test_average(args: argparse.Namespace) -> dict:
         samples = load_trajectory(args, numbers)
     args.epochs = args.start_epoch = 0
     with Run(args) as run:
-        with blame():
-            data = load_data(args)
+        data = run.load_data()
         model = build_model(args, data)
         check_samples(args, samples, model)
         copy_into(model, average(samples))
@@ -111,8 +101,10 @@ def test_average(args: argparse.Namespace) -> dict:
             row = {"epoch": 0, "seconds": time.perf_counter() - began}
             run.record(row | evaluate(model, run.signals.until(data.test.epoch()), args.half))
     row = run.rows[-1]
-    print0(f"{args.directory}: average of samples {numbers[0]}–{numbers[-1]}, "
-           f"test accuracy {row['test_acc']:.2f} %")  # fmt: skip
+    print0(
+        f"{args.directory}: average of samples {numbers[0]}–{numbers[-1]}, "
+        f"test accuracy {row['test_acc']:.2f} %"
+    )
     return row
 
 
@@ -120,10 +112,6 @@ def test_average(args: argparse.Namespace) -> dict:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train and sample into --save-dir; returns the last metrics row."""
     args = parse_args(get_options(), argv)
-    if args.lr is None:
-        args.lr = LEARNING_RATES[args.optimizer]
-    if args.milestones is None:
-        args.milestones = MILESTONES.get(args.datasets, USUAL_MILESTONES)
     if args.run and not args.average:
         raise InputError("--run: only with --average; allowed: --save-dir, which names the run")
     if args.evaluate:
@@ -131,10 +119,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.average:
         return test_average(args)
     with Run(args) as run:
-        with blame():
-            data = load_data(args)
+        data = run.load_data()
         model = build_model(args, data)
-        optimizer = make_optimizer(args, model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Fused: one pass over all parameters, at 8 × 8 pixels 5 % of the step.
+        optimizer = make_optimizer(args, trained, fused=True)
         network = data_parallel(model)
         steps = len(batch_sizes(len(data.train), args.batch_size))
         every = args.sample_every or steps

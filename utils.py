@@ -64,6 +64,7 @@ class Data(NamedTuple):
     train: "TensorLoader | FileLoader"
     test: "TensorLoader | FileLoader"
     num_classes: int
+    wrong_labels: int = 0  # of the training images
 
 
 def rng(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
@@ -208,7 +209,7 @@ class FileLoader:
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach workers, too, but the main process ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -408,8 +409,9 @@ def load_data(args: argparse.Namespace) -> Data:
     train, test = read_splits(args)
     num_classes = len(train.classes)
     labels = corrupt_labels(train.labels, args.corrupt, num_classes, args.randomseed)
+    wrong = int((labels != train.labels).sum())
     batch_size = args.batch_size * getattr(args, "accumulate", 1)
-    train = train._replace(labels=labels)
-    return Data(
-        make_loader(train, args, batch_size, args.randomseed), make_loader(test, args), num_classes
-    )
+    seed = getattr(args, "train_seed", None)
+    seed = args.randomseed if seed is None else seed
+    train = make_loader(train._replace(labels=labels), args, batch_size, seed)
+    return Data(train, make_loader(test, args), num_classes, wrong)

@@ -40,7 +40,7 @@ import models
 import utils
 from dldr.parameters import parameter_names
 from training.files import save
-from training.run import Run
+from training.metrics import Epoch
 from utils import DATASETS, Split
 
 # ----------------------------------------------------------------------------- data pipelines
@@ -241,13 +241,13 @@ STEPS = {
 
 def kind(event: Any) -> str:
     """What asked for a launch: data, metrics or the step itself; else copy or sync."""
-    lines, first = inspect.getsourcelines(Run.log)
-    metrics = {f"training/run.py:{number}" for number in range(first, first + len(lines))}
+    lines, first = inspect.getsourcelines(Epoch.add)
+    of_metrics = {f"training/metrics.py:{number}" for number in range(first, first + len(lines))}
     if event.kind != "launch":
         return event.kind
     if event.line.startswith("utils.py"):
         return "data"
-    return "metrics" if event.line in metrics else "step"
+    return "metrics" if event.line in of_metrics else "step"
 
 
 def count_launches(arch: str) -> Iterator[list[str]]:

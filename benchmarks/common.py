@@ -24,7 +24,7 @@ import torch
 import train_pbfgs
 import train_psgd
 import train_sgd
-from training.files import git_commit
+from training.records import git_commit
 from training.run import Run
 from training.setup import pick_device
 

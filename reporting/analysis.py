@@ -19,9 +19,9 @@ from dldr import Subspace, average, landscape, pca, random_walk_spectrum, traina
 from dldr.pca import centered, gram_matrix, principal_axes, step_lengths, with_names
 from dldr.trajectory import load_samples, load_state_dict, snapshot_numbers
 from reporting.results import Experiment, Result, grouped, one_per_name, skipping
-from training.files import sample_range
 from training.losses import cross_entropy, evaluate
 from training.network import copy_into, load_weights, renamed
+from training.records import sample_range
 from training.subspaces import load_basis
 
 TRAINING_IMAGES = 5000  # at most this many are used for the training accuracy

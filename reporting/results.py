@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dldr.trajectory import abbreviate
-from training.files import EXPERIMENT, PREPROCESSING, fingerprint
+from training.files import fingerprint
+from training.records import EXPERIMENT, PREPROCESSING
 
 # What seeds of one experiment have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "schedule", "weight_decay", "batch_size", "half")

@@ -14,7 +14,7 @@ import train_psgd
 import train_sgd
 import training.setup
 import training.subspaces
-from training.files import SHARED
+from training.records import SHARED
 
 
 @pytest.fixture(scope="module")
@@ -109,5 +109,5 @@ def test_a_network_to_import_is_not_taken_from_a_file(save_dir, refused, tmp_pat
     config["arguments"]["arch"] = "mine:network"
     (save_dir / "config.json").write_text(json.dumps(config))
     line = refused(train_psgd.main, ["--save-dir", save_dir])
-    assert "--arch: resnet32 here, mine:network in" in line
+    assert "--arch: has to be given; it is mine:network in" in line
     assert not Path("ran").exists()

@@ -14,6 +14,7 @@ import models
 import train_psgd
 import train_sgd
 import training.files
+import training.records
 from dldr.reading import read_tensors
 
 
@@ -53,7 +54,7 @@ def test_each_session_that_trains_is_recorded(copy, monkeypatch):
     base = [*DIGITS, "--save-dir", str(copy), "--resume"]
     train_sgd.main([*base, "--epochs", "6", "--threads", "2", "--lr", "0.01"])
     assert contents(copy) == before
-    monkeypatch.setattr(training.files, "git_commit", lambda: "a later one")
+    monkeypatch.setattr(training.records, "git_commit", lambda: "a later one")
     train_sgd.main([*base, "--epochs", "7", "--threads", "2", "--lr", "0.01"])
     torch.set_num_threads(1)
     first, recorded = json.loads(before["config.json"]), config(copy)

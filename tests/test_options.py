@@ -66,7 +66,8 @@ def test_near_misses_are_answered_with_the_nearest():
 OUT_OF_RANGE = """
     --datasets cats; --data-dir ''; --image-size 0; --mean 0 0 2; --std 0 1 1; --corrupt 1.01
     --smalldatasets 0; --pretrained ''; --epochs 0; --start-epoch -1; --batch-size 0
-    --weight-decay inf; --randomseed -1; --save-dir ''; --save-every 0; --resume ''; --print-freq 0
+    --weight-decay inf; --randomseed -1; --train-seed -1; --save-dir ''; --save-every 0
+    --resume ''; --print-freq 0
     --threads 0; --workers -1; --test-batch-size 0; --run ../x; --lr -1; --momentum 2
     --milestones 3.5; --schedule step; --optimizer lbfgs; --average x 3; --sample-every 0
     --n_components 1.5; --params_start -1; --params_end 1.5; --params_stride 0; --basis foo
@@ -125,7 +126,7 @@ REFUSED = [
     (SGD, "--resume --overwrite", "not with --resume"),
     (PSGD, "--evaluate --save-dir nowhere", "nowhere"),
     (SGD, "--evaluate --pretrained RUN/model.th --resume RUN/model.th", "not with both"),
-    (SGD, "--datasets ImageFolder --data-dir nowhere", "has no directory nowhere/train"),
+    (SGD, "--datasets ImageFolder --data-dir nowhere", "nowhere/train"),
     (SGD, "--save-dir /dev/null", "/dev/null: not a directory"),
     (SGD, "--save-dir /dev/null/run", "Not a directory"),
     (SGD, "--schedule cosine --milestones 3", "not allowed with argument"),
@@ -213,7 +214,7 @@ def test_a_directory_that_one_may_not_enter(option, refused, tmp_path, monkeypat
     [
         (SGD, "--optimizer adam", "--optimizer: adam here, sgd in"),
         (SGD, "--momentum 0", "--momentum: 0.0 here, 0.9 in"),
-        (PSGD, "--n_components 2", "--n_components: 2 here, 3 in"),
+        (PSGD, "--run psgd --n_components 2", "--n_components: 2 here, 3 in"),
         (PSGD, "--params_end 6", "--params_end: 6 here, 7 in"),
         (PBFGS, "--alpha 0.1", "--alpha: 0.1 here, 0.0 in"),
     ],

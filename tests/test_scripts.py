@@ -273,7 +273,7 @@ def test_optimizers_are_torch_s(name, tmp_path, monkeypatch):
     args.lr = 0.01
     momentum = {"momentum": 0.9} if name == "SGD" else {}
     twin = copy_module.deepcopy(model)
-    own = train_sgd.make_optimizer(args, model)
+    own = train_sgd.make_optimizer(args, list(model.parameters()))
     oracle = getattr(torch.optim, name)(twin.parameters(), 0.01, weight_decay=0.1, **momentum)
     for module, optimizer in ((model, own), (twin, oracle)):
         for _ in range(3):

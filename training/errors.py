@@ -8,12 +8,14 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What stops a run. SLURM's --signal=USR1@60 announces the end of a job.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class InputError(ValueError):
@@ -38,14 +40,15 @@ def blame(what: str = "", kinds: Any = (ValueError, OSError)) -> Iterator[None]:
 def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
     """Decorate a script's main: a user's mistake becomes one line on stderr and an exit code.
 
-    The code is 2 for options and files, 1 for what went wrong later, 130, 143 and 129 for SIGINT,
-    SIGTERM and SIGHUP.
+    The code is 2 for options and files, 1 for what went wrong later, and 128 + its number for one
+    of SIGNALS.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> Any:
         import torch
 
+        accept_any_encoding()
         with handling(stop):
             try:
                 return main(argv)
@@ -60,6 +63,13 @@ def entry_point(main: Callable[[Sequence[str] | None], Any]) -> Callable:
                 exit_with(f"communication between processes failed, one may be gone: {error}", 1)
 
     return wrapped
+
+
+def accept_any_encoding() -> None:
+    """Let characters that the terminal's encoding does not have be printed as `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # replaced by something else
+            stream.reconfigure(errors="replace")
 
 
 def under_torchrun() -> bool:
@@ -85,7 +95,12 @@ def stop(number: int, frame: Any) -> NoReturn:
 
 
 def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Handle SIGNALS, except what nohup ignores, with `handler`; returns the former handlers."""
+    """Handle SIGNALS, except what nohup ignores, with `handler`; returns the former handlers.
+
+    Python lets the main thread alone do that: in others, signals keep what they have.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     return {number: signal.signal(number, handler) for number in SIGNALS if number not in nohup}
 

@@ -3,39 +3,40 @@
 import argparse
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from dldr.distributed import on_rank0, print0, rank, world_size
+from dldr.distributed import on_rank0, print0, rank
 from dldr.reading import read_tensors
 from training.distributed import restart_count
 from training.errors import InputError, blame
 from training.memory import size_text
-from utils import PREPROCESSING
+from training.records import (
+    MIDWAY,
+    RESUMED,
+    arguments_of,
+    changed_options,
+    check_same,
+    read_config,
+    sample_range,
+    session_of,
+)
 
-# The options that all runs on one trajectory share, and those that a resumed run has to keep.
-EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
-SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
-SHARED = (*EXPERIMENT, *PREPROCESSING)
-RESUMED = (*SHARED, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
-RESUMED += ("method", "sample_every", "average")
-# These too in the middle of an epoch, and with --sample-every.
-MIDWAY = ("batch_size", "accumulate", "start_epoch")
 EARLIER = ("metrics.jsonl", "checkpoint.pt", "model.th")  # what a run leaves, beside its samples
+# What the system says on a file system without locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 # ------------------------------------------------------------------------------------ writing
 
@@ -57,10 +58,9 @@ def replacing(file: Path) -> Iterator[Any]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise InputError(
-            f"{file}: could not be written ({cause.strerror or cause}); earlier files are intact: "
-            "once there is room, continue with --resume", 1,
-        ) from error  # fmt: skip
+        why = f"{file}: could not be written ({cause.strerror or cause})"
+        cure = "earlier files are intact: once there is room, continue with --resume"
+        raise InputError(f"{why}; {cure}", exit_code=1) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -120,106 +120,35 @@ def checksums_in(file: Path) -> list[int]:
     return [entry.CRC for entry in entries] if complete else []
 
 
-# ----------------------------------------------------------------------- samples and options
-
-
-def sample_range(arguments: Mapping[str, Any]) -> range:
-    """The numbers of the samples that a run takes, by its options as config.json has them."""
-    if arguments["average"]:
-        return range(*arguments["average"])
-    if arguments["basis"]:
-        names = ("params_start", "params_end", "params_stride")
-        return range(*(arguments[name] for name in names))
-    return range(0)
-
-
-def sample_fingerprint(args: argparse.Namespace) -> str | None:
-    """The fingerprint of the samples that a run takes; None where it takes none."""
-    files = [args.save_dir / f"{number}.pt" for number in sample_range(vars(args))]
-    return fingerprint(files) if files else None
-
-
-def check_same(
-    args: argparse.Namespace, recorded: Mapping[str, Any], names: Sequence[str], file: Path
-) -> None:
-    """InputError where an option that has to be the same differs from what `file` recorded."""
-    for name in names:
-        if name not in recorded:
-            raise ValueError(f"{file}: does not record {name}")
-        value = getattr(args, name)
-        if recorded[name] != value:
-            option = "--" + (name if name in SUBSPACE else name.replace("_", "-"))
-            raise InputError(
-                f"{option}: {value} here, {recorded[name]} in {file}; they have to be the same"
-            )
-
-
-def recorded_options(file: Path) -> dict[str, Any]:
-    """The options in a config.json that runs on its samples take unless the command gives them.
-
-    A network to import is not among them: code is not run because a file names it.
-    """
-    if not file.exists():
-        return {}
-    with blame(f"{file}: not readable", Exception):
-        arguments = json.loads(file.read_text())["arguments"]
-        options = {name: arguments[name] for name in SHARED}
-        options["data_dir"] = Path(arguments["data_dir"])
-        if ":" in options["arch"]:
-            del options["arch"]
-    return options
-
-
-def check_config(args: argparse.Namespace, file: Path) -> None:
-    """InputError for options that contradict the config.json of the trajectory."""
-    with blame(f"{file}: not readable", Exception):
-        check_same(args, json.loads(file.read_text())["arguments"], SHARED, file)
-
-
-def check_file(option: str, file: Any) -> None:
-    """InputError for a path that an option names and that is no file."""
-    if isinstance(file, Path) and not on_rank0(file.is_file):  # the others may not see it
-        raise InputError(f"{option}: {file}: there is no such file")
-
-
-def git_commit() -> str | None:
-    """The commit these scripts are at, where git can tell."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
 # ------------------------------------------------------------------------- the directory of a run
 
 
 class RunFiles:
-    """The directory of a run, held by this process, and the checkpoint that it continues from.
+    """The directory of a run, and the checkpoint that it continues from; see `opened`.
 
-    Attributes: `directory`; `checkpoint`, what the file that --resume names holds, or None to start
-    afresh; `resumes`, whether that file is the run's own; `source`, the fingerprint of the samples
-    that the run builds on.
+    Attributes: `directory`; `checkpoint`, what `checkpoint_file` holds, or None to start afresh;
+    `resumes`, whether that file is the run's own; `changed`, the options that a resumed run no
+    longer has as before; `source`, the fingerprint of the samples that the run builds on;
+    `obsolete`, the files of an earlier run that `begin` removes.
+
+    Raises InputError for a directory that holds another run, and a checkpoint of another.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """InputError for a directory that holds another run, and a checkpoint of another."""
         self.args, self.directory = args, args.directory
-        self.source = sample_fingerprint(args)
-        file = self.checkpoint_file()
-        self.checkpoint = on_rank0(lambda: self.read(file)) if file else None
-        self.resumes = bool(file) and file.resolve().parent == self.directory.resolve()
-        if not self.resumes:
-            on_rank0(self.earlier)
+        numbers = sample_range(vars(args))
+        files = [args.save_dir / f"{number}.pt" for number in numbers]
+        self.source = fingerprint(files) if files else None
+        self.config = self.directory / "config.json"
+        self.checkpoint_file = checkpoint_file(args)
+        self.resumes = is_within(self.checkpoint_file, self.directory)
+        self.checkpoint = on_rank0(self.read) if self.checkpoint_file else None
+        self.changed = on_rank0(self.compare) if self.resumes else {}
+        self.obsolete = [] if self.resumes else on_rank0(self.earlier)
 
-    def checkpoint_file(self) -> Path | None:
-        """The file that the options say to resume from; None to start afresh."""
-        own, resume = self.directory / "checkpoint.pt", self.args.resume
-        if resume is True or (restart_count() and own.exists()):
-            # After a restart the run's own is further than the one it began with.
-            return own if on_rank0(own.exists) else None
-        return resume
-
-    def read(self, file: Path) -> dict:
-        """A checkpoint of the same samples and options."""
+    def read(self) -> dict:
+        """The checkpoint, if it is of the same samples and options."""
+        file = self.checkpoint_file
         with blame_checkpoint(file):
             checkpoint = read_tensors(file)
             by_steps = checkpoint["progress"].get("batches") or self.args.sample_every
@@ -232,10 +161,19 @@ class RunFiles:
             print0(f"{file}: {checkpoint['epoch']} epochs are done{also}")
         return checkpoint
 
+    def compare(self) -> dict[str, list]:
+        """What the command changes of the run that it resumes, which is printed, too."""
+        if not self.config.exists():
+            return {}
+        changed = changed_options(self.args, read_config(self.config)["sessions"][-1]["arguments"])
+        for name, (before, now) in changed.items():
+            print0(f"--{name.replace('_', '-')}: {now} from here on, before it was {before}")
+        return changed
+
     def earlier(self) -> list[Path]:
         """The files of an earlier run; InputError unless they may be removed.
 
-        They may with --overwrite, and where the run ended before its first checkpoint was due.
+        They may with --overwrite, and by the command that wrote them if it ended early.
         """
         files = [self.directory / name for name in EARLIER]
         files += [file for file in self.directory.glob("*.pt") if file.stem.isdecimal()]
@@ -248,41 +186,47 @@ class RunFiles:
         return files
 
     def ended_early(self) -> bool:
-        """Whether a run ended before its first checkpoint was due, and none builds on it."""
-        with contextlib.suppress(Exception):  # whatever else the file may be
+        """Whether the same command ended before its first checkpoint, and no run builds on it."""
+        with contextlib.suppress(Exception):  # whatever else the files may be
             begun = read_tensors(self.directory / "checkpoint.pt", mmap=True)
             used = any(self.directory.glob("*/config.json"))
-            return not (begun["rows"] or begun["progress"] or used)
+            aside = dict.fromkeys(("save_dir", "directory", "resume", "overwrite"))
+            before, now = read_config(self.config)["arguments"], arguments_of(self.args)
+            return before | aside == now | aside and not (
+                begun["rows"] or begun["progress"] or used
+            )
         return False
+
+    def check_labels(self, digest: str) -> None:
+        """InputError if the run, or the one whose samples it takes, had other labels."""
+        configs = [self.config] if self.resumes else []
+        configs += [self.args.save_dir / "config.json"] if self.source else []
+        for file in filter(Path.exists, configs):
+            if read_config(file).get("labels", digest) != digest:  # earlier versions had none
+                raise InputError(
+                    f"--data-dir {self.args.data_dir}: its images and labels are not those that "
+                    f"{file} is of; name the directory that has them"
+                )
 
     def begin(self, facts: dict[str, Any], epoch: int) -> None:
         """Remove an earlier run, and write config.json: `facts`, and what this session runs on.
 
         A session is one start that trains. What the first one had is at the top, too.
         """
-        if not self.resumes and rank() == 0:
-            for file in self.earlier():
-                file.unlink()
-        hardware = torch.get_device_module(self.args.device)
-        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-        session = {
-            "arguments": arguments,
-            "device": getattr(hardware, "get_device_name", platform.machine)(),
-            "threads": torch.get_num_threads(),
-            "processes": world_size(),
-            "versions": versions | {"python": platform.python_version()},
-            "commit": git_commit(),
-            "from_epoch": epoch,
-        }
-        file = self.directory / "config.json"
-        if self.resumes and rank() == 0 and file.exists():
-            with blame(f"{file}: not readable", Exception):
-                earlier = json.loads(file.read_text())
-                config = earlier | {"sessions": [*earlier["sessions"], session]} | facts
-        else:
-            config = session | {"sessions": [session]} | facts
-        save(file, json.dumps(config, indent=2) + "\n")
+        if rank():
+            return
+        for file in self.obsolete:
+            file.unlink()
+        session = session_of(self.args, epoch, self.changed)
+        if self.source:
+            # With it a report can tell that the samples are still those that were used.
+            facts = facts | {"samples": list(sample_range(vars(self.args)))}
+            facts["fingerprint"] = self.source
+        config = session | {"sessions": [session]} | facts
+        if self.resumes and self.config.exists():
+            before = read_config(self.config)
+            config = before | {"sessions": [*before["sessions"], session]} | facts
+        save(self.config, json.dumps(config, indent=2) + "\n")
 
     def save_metrics(self, rows: Sequence[dict]) -> None:
         """Write metrics.jsonl."""
@@ -299,19 +243,56 @@ class RunFiles:
 @contextlib.contextmanager
 def opened(args: argparse.Namespace) -> Iterator[RunFiles]:
     """Hold the run's directory, which is made; what is refused leaves no directory behind."""
-    directory = args.directory
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
-        if rank() == 0:
-            with blame("--save-dir"):
-                directory.mkdir(parents=True, exist_ok=True)
-                stack.callback(remove_empty, made)
-                try:
-                    stack.enter_context(filelock.FileLock(directory / ".lock", timeout=0))
-                except filelock.Timeout as error:
-                    raise ValueError(f"{directory} is in use by another process") from error
-                stack.callback((directory / ".lock").unlink)
+        with blame("--save-dir"):
+            args.directory = on_rank0(lambda: hold(args, stack))
         yield RunFiles(args)
+
+
+def hold(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
+    """Make and lock the run's directory until the stack ends; returns it.
+
+    Where another run is in it, and k may be a part of the name, that with k.
+    """
+    for directory in dict.fromkeys((args.directory, directory_with_k(args, args.directory))):
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        stack.callback(remove_empty, made)
+        try:
+            # The system's lock ends with the process; a file in its place would outlive a kill.
+            lock = filelock.FileLock(directory / ".lock", timeout=0, fallback_to_soft=False)
+            stack.enter_context(lock)
+        except filelock.Timeout:
+            continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print0(f"{directory}: no locks on this file system; no second run may use it")
+        stack.callback((directory / ".lock").unlink, missing_ok=True)
+        return directory
+    raise ValueError(f"{args.directory} is in use by another process")
+
+
+def directory_with_k(args: argparse.Namespace, directory: Path) -> Path:
+    """The directory with k in its name, where the command gives k and no name."""
+    if args.run or "n_components" not in args.given:
+        return directory
+    end = f"_k{args.n_components}"
+    return directory.with_name(directory.name.removesuffix(end) + end)
+
+
+def checkpoint_file(args: argparse.Namespace) -> Path | None:
+    """The file that the options say to resume from; None to start afresh."""
+    own = args.directory / "checkpoint.pt"
+    if args.resume is True or (restart_count() and own.exists()):
+        # After a restart the run's own is further than the one it began with.
+        return own if on_rank0(own.exists) else None
+    return args.resume
+
+
+def is_within(file: Path | None, directory: Path) -> bool:
+    """Whether the file, by whatever path, is in the directory."""
+    return file is not None and file.resolve().parent == directory.resolve()
 
 
 def remove_empty(directories: Sequence[Path]) -> None:
@@ -327,6 +308,12 @@ def blame_checkpoint(file: Path) -> Iterator[None]:
     kinds = (KeyError, TypeError, AttributeError, RuntimeError, IndexError)
     with blame("--resume"), blame(f"--resume: {file}: not a checkpoint.pt of these scripts", kinds):
         yield
+
+
+def check_file(option: str, file: Any) -> None:
+    """InputError for a path that an option names and that is no file."""
+    if isinstance(file, Path) and not on_rank0(file.is_file):  # the others may not see it
+        raise InputError(f"{option}: {file}: there is no such file")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any) -> None:

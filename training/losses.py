@@ -35,9 +35,13 @@ def penalty(args: argparse.Namespace, subspace: nn.Module) -> Tensor:
 
 
 def objective(loss: Tensor, weight: float, args: argparse.Namespace, subspace: nn.Module) -> Tensor:
-    """What is minimized in a subspace: the loss, weighted, and the L2 penalty."""
+    """What is minimized in a subspace: the loss, weighted, and the L2 penalty.
+
+    AdamW has it apart from the loss: there it pulls z to 0, where training started.
+    """
     loss = weighted(loss, weight)
-    return loss + penalty(args, subspace) if args.weight_decay else loss
+    in_loss = args.weight_decay and args.optimizer != "adamw"
+    return loss + penalty(args, subspace) if in_loss else loss
 
 
 @torch.no_grad()

@@ -9,18 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training.errors import InputError, exit_with, handle, stop
+from training.errors import InputError, accept_any_encoding, exit_with, handle, stop
 
 GROUPS = ("data", "network", "training", "subspace", "run", "machine")  # of options, in --help
 DATASETS = ("digits", "CIFAR10", "CIFAR100", "MNIST", "ImageFolder", "ImageNet")
 BASES = ("pca", "schmidt", "random", "walk")
-# What the options of only some scripts are in the others, so that all know all of them.
-ABSENT = {
-    "lr": None, "milestones": (), "schedule": None, "momentum": 0.0, "optimizer": None,
-    "sample_every": None, "average": None, "accumulate": 1, "alpha": 0.0, "gamma": 0.0,
-    "params_start": 0, "params_end": None, "params_stride": 1, "n_components": None,
-    "basis": None, "start": None, "bn_update": False, "basis_dtype": "float32", "run": None,
-}  # fmt: skip
+# The options of only some scripts, with what they are in the others: all know all of them.
+ONLY_IN = {
+    "train_sgd.py": {"sample_every": None, "average": None},
+    "train_sgd.py and train_psgd.py": dict.fromkeys(("lr", "milestones", "schedule", "optimizer"))
+    | {"momentum": 0.0},
+    "train_psgd.py and train_pbfgs.py": {"params_start": 0, "params_end": None, "params_stride": 1}
+    | {"n_components": None, "basis": None, "start": None, "bn_update": False}
+    | {"basis_dtype": "float32"},
+    "train_pbfgs.py": {"accumulate": 1, "alpha": 0.0, "gamma": 0.0},
+}
+ABSENT = {name: value for options in ONLY_IN.values() for name, value in options.items()}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,18 +41,28 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
         self.set_defaults(**ABSENT)
+        self.rates: dict[str, float] = {}  # --lr's default for each --optimizer
+        self.drops: dict[str, list[int]] = {}  # --milestones' default for each of --datasets
         self.groups = {title: self.add_argument_group(title) for title in GROUPS}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         """As usual, but an unknown option is answered with the nearest."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            word, flags = unknown[0].partition("=")[0].lower(), self._option_string_actions
-            begun = [flag for flag in flags if word[:2] == "--" and flag.startswith(word)]
-            near = begun or difflib.get_close_matches(word, flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self.hint(unknown[0])}")
         return parsed
+
+    def hint(self, unknown: str) -> str:
+        """What may be meant: an option of another script, or the nearest of this one."""
+        word, flags = unknown.partition("=")[0].lower(), self._option_string_actions
+        if not word.startswith("--"):
+            return ""
+        for scripts, options in ONLY_IN.items():
+            if word[2:].replace("-", "_") in options:
+                return f"; {scripts} has {word}"
+        begun = [flag for flag in flags if flag.startswith(word)]
+        near = begun or difflib.get_close_matches(word, flags, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong without the usage, which is a screenful here."""
@@ -57,6 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 def answer_early(parser: Parser) -> None:
     """Answer --help and mistakes, and from now on Ctrl-C, before torch is imported."""
+    accept_any_encoding()
     handle(stop)
     try:
         parser.parse_args()
@@ -130,6 +145,8 @@ def path(text: str) -> Path:
     """An argparse type: a path that a file system can have."""
     if not text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a path; its names have 1 to 255 bytes")
+    with contextlib.suppress(RuntimeError):  # no such user
+        return Path(text).expanduser()  # a shell leaves the ~ in --save-dir=~/x as it is
     return Path(text)
 
 
@@ -151,8 +168,6 @@ def one_of(what: str, names: Sequence[str], others: str = "") -> Callable[[str],
 # ------------------------------------------------------------------------------------- options
 
 
-# Unformatted, the options read as the table they are.
-# fmt: off
 def get_parser(
     method: str, description: str, arch: str, epochs: int, weight_decay: float
 ) -> Parser:
@@ -160,9 +175,11 @@ def get_parser(
     parser = Parser(description)
     parser.set_defaults(method=method)
     add_data_options(parser)
+    add_preprocessing_options(parser)
     add_network_options(parser, arch)
     add_training_options(parser, epochs, weight_decay)
     add_run_options(parser)
+    add_precision_options(parser)
     add_machine_options(parser)
     return parser
 
@@ -170,125 +187,339 @@ def get_parser(
 def add_data_options(parser: Parser) -> None:
     """Add the options for images and labels."""
     add = parser.groups["data"].add_argument
-    add("--datasets", type=one_of("dataset", DATASETS), metavar="NAME", default="CIFAR10",
-        help=", ".join(DATASETS))
-    add("--data-dir", type=path, metavar="DIR", default="../data",
-        help="where the dataset is, or is downloaded to")
-    add("--image-size", type=positive, metavar="PIXELS",
-        help="side of the images of ImageFolder and ImageNet (default: 32 and 224)")
-    add("--mean", type=fraction, nargs=3, metavar="M",
-        help="mean of each channel, of pixels from 0 to 1 (default: the dataset's)")
-    add("--std", type=between(float, 0, 1, above=True), nargs=3, metavar="S",
-        help="standard deviation of each channel (default: the dataset's)")
-    add("--no-augment", action="store_const", const=True,
-        help="train on the images as they are, neither cropped at random nor mirrored")
-    add("--no-flip", action="store_const", const=True,
-        help="do not mirror the training images (of text, say)")
-    add("--corrupt", type=fraction, metavar="C", default=0.0,
-        help="fraction of the training labels replaced by ones drawn uniformly over all classes")
-    add("--smalldatasets", type=between(float, 0, 1, above=True), metavar="P",
-        help="train on a random fraction P of the training images")
+    add(
+        "--datasets",
+        type=one_of("dataset", DATASETS),
+        metavar="NAME",
+        default="CIFAR10",
+        help=", ".join(DATASETS),
+    )
+    add(
+        "--data-dir",
+        type=path,
+        metavar="DIR",
+        default="../data",
+        help="where the dataset is, or is downloaded to",
+    )
+    add(
+        "--corrupt",
+        type=fraction,
+        metavar="C",
+        default=0.0,
+        help="fraction of the training labels replaced by ones drawn uniformly over all classes",
+    )
+    add(
+        "--smalldatasets",
+        type=between(float, 0, 1, above=True),
+        metavar="P",
+        help="train on a random fraction P of the training images",
+    )
+
+
+def add_preprocessing_options(parser: Parser) -> None:
+    """Add the options for what is made of an image."""
+    add = parser.groups["data"].add_argument
+    add(
+        "--image-size",
+        type=positive,
+        metavar="PIXELS",
+        help="side of the images of ImageFolder and ImageNet (default: 32 and 224)",
+    )
+    add(
+        "--mean",
+        type=fraction,
+        nargs=3,
+        metavar="M",
+        help="mean of each channel, of pixels from 0 to 1 (default: the dataset's)",
+    )
+    add(
+        "--std",
+        type=between(float, 0, 1, above=True),
+        nargs=3,
+        metavar="S",
+        help="standard deviation of each channel (default: the dataset's)",
+    )
+    add(
+        "--no-augment",
+        action="store_const",
+        const=True,
+        help="train on the images as they are, neither cropped at random nor mirrored",
+    )
+    add(
+        "--no-flip",
+        action="store_const",
+        const=True,
+        help="do not mirror the training images (of text, say)",
+    )
 
 
 def add_network_options(parser: Parser, arch: str) -> None:
     """Add the options for the network and its initial weights."""
     add = parser.groups["network"].add_argument
-    add("-a", "--arch", metavar="NAME", default=arch,
+    add(
+        "-a",
+        "--arch",
+        metavar="NAME",
+        default=arch,
         help="a network (`--arch list` prints them all), or package.module:callable, which is "
-        "called with num_classes")
-    add("--pretrained", type=path, nargs="?", const=True, metavar="PATH",
-        help="start from these weights (without PATH: torchvision's, where it has them)")
+        "called with num_classes",
+    )
+    add(
+        "--pretrained",
+        type=path,
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="start from these weights (without PATH: torchvision's, where it has them)",
+    )
 
 
 def add_training_options(parser: Parser, epochs: int, weight_decay: float) -> None:
     """Add the options for how long to train, on what batches, from which seed."""
     add = parser.groups["training"].add_argument
     add("--epochs", type=positive, metavar="N", default=epochs, help="train until this epoch")
-    add("--start-epoch", type=natural, metavar="N", default=0,
-        help="epochs counted as done at the start; --resume knows them")
+    add(
+        "--start-epoch",
+        type=natural,
+        metavar="N",
+        default=0,
+        help="epochs counted as done at the start; --resume knows them",
+    )
     add("-b", "--batch-size", type=positive, metavar="N", default=128, help="images per batch")
-    add("--weight-decay", "--wd", type=nonnegative, metavar="W", default=weight_decay,
-        help="L2 penalty: W / 2 times the squared norm of the parameters (adamw: decoupled)")
-    add("--randomseed", type=natural, metavar="N", default=1,
-        help="seed of initialization, label corruption, data order and augmentation")
+    add(
+        "--weight-decay",
+        "--wd",
+        type=nonnegative,
+        metavar="W",
+        default=weight_decay,
+        help="L2 penalty: W / 2 times the squared norm of the parameters (adamw: apart from the "
+        "loss, in a subspace on z)",
+    )
+    add(
+        "--randomseed",
+        type=natural,
+        metavar="N",
+        default=1,
+        help="seed of initialization, label corruption, data order and augmentation",
+    )
+    add(
+        "--train-seed",
+        type=natural,
+        metavar="N",
+        help="seed of data order, augmentation and dropout alone (default: --randomseed)",
+    )
 
 
 def add_run_options(parser: Parser) -> None:
     """Add the options for the files of a run and of earlier ones."""
     add = parser.groups["run"].add_argument
-    add("--save-dir", type=path, metavar="DIR", default="save_temp",
-        help="directory of the trajectory, and of the runs in its subspaces")
-    add("--save-every", type=positive, metavar="N", default=10,
-        help="write checkpoint.pt and model.th every N epochs, and at the end")
-    add("--resume", type=path, nargs="?", const=True, metavar="PATH",
-        help="continue from this checkpoint (without PATH: the run's own, if there is one)")
+    add(
+        "--save-dir",
+        type=path,
+        metavar="DIR",
+        default="save_temp",
+        help="directory of the trajectory, and of the runs in its subspaces",
+    )
+    add(
+        "--save-every",
+        type=positive,
+        metavar="N",
+        default=10,
+        help="write checkpoint.pt and model.th every N epochs, and at the end",
+    )
+    add(
+        "--resume",
+        type=path,
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="continue from this checkpoint (without PATH: the run's own, if there is one)",
+    )
     add("--overwrite", action="store_true", help="replace an earlier run in the same directory")
-    add("-e", "--evaluate", action="store_true",
-        help="only test: --pretrained's or --resume's weights, else the run's own model.th")
-    add("-p", "--print-freq", type=positive, metavar="N", default=50,
-        help="every N batches, check that the loss is finite, and show it on a terminal")
+    add(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="only test: --pretrained's or --resume's weights, else the run's own model.th",
+    )
+    add(
+        "-p",
+        "--print-freq",
+        type=positive,
+        metavar="N",
+        default=50,
+        help="every N batches, check that the loss is finite, and show it on a terminal",
+    )
+
+
+def add_precision_options(parser: Parser) -> None:
+    """Add the options for how to compute."""
+    add = parser.groups["machine"].add_argument
+    add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="give the network its images in channels_last memory format (default: on the CPU)",
+    )
+    add("--compile", action="store_true", help="compile the network (torch.compile)")
+    add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="same bits in every run, on CUDA too; an operation that cannot is an error",
+    )
 
 
 def add_machine_options(parser: Parser) -> None:
-    """Add the options for where and how to compute."""
+    """Add the options for where to compute."""
     add = parser.groups["machine"].add_argument
-    add("--device", type=str.lower, metavar="DEVICE", default="auto",
-        help="cpu, cuda, mps, xpu …; auto is the accelerator that torch sees, else cpu")
-    add("--half", action="store_true", help="run the network in bfloat16 (autocast)")
-    add("--channels-last", action=argparse.BooleanOptionalAction,
-        help="give the network its images in channels_last memory format (default: on the CPU)")
-    add("--compile", action="store_true", help="compile the network (torch.compile)")
-    add("--threads", type=between(int, 1, 1024), metavar="N",
-        help="CPU threads (default: as torch decides)")
-    add("-j", "--workers", type=natural, metavar="N", default=4,
-        help="threads or processes that decode image files")
-    add("--test-batch-size", type=positive, metavar="N",
-        help="images per test batch (default: 500 up to 64 pixels, fewer for larger images)")
-    add("--sync-bn", action="store_true",
-        help="under torchrun on CUDA, BatchNorm normalizes with the batches of all processes")
-    add("--tf32", action="store_true", help="on CUDA, multiply in TensorFloat-32 (10 bits)")
-    add("--deterministic", action="store_true",
-        help="same bits in every run, on CUDA too; an operation that cannot is an error")
+    add(
+        "--device",
+        type=str.lower,
+        metavar="DEVICE",
+        default="auto",
+        help="cpu, cuda, mps, xpu …; auto is the accelerator that torch sees, else cpu",
+    )
+    add(
+        "--threads",
+        type=between(int, 1, 1024),
+        metavar="N",
+        help="CPU threads (default: as torch decides)",
+    )
+    add(
+        "-j",
+        "--workers",
+        type=natural,
+        metavar="N",
+        default=4,
+        help="threads or processes that decode image files",
+    )
+    add(
+        "--test-batch-size",
+        type=positive,
+        metavar="N",
+        help="images per test batch (default: 500 up to 64 pixels, fewer for larger images)",
+    )
+    add(
+        "--sync-bn",
+        action="store_true",
+        help="under torchrun on CUDA, BatchNorm normalizes with the batches of all processes",
+    )
 
 
-def add_schedule_options(
-    parser: Parser, lr: float | None, lr_help: str, milestones: list[int] | None, usual: str = ""
+def add_optimizer_options(
+    parser: Parser, rates: dict[str, float], drops: dict[str, list[int]], usual: str
 ) -> None:
-    """Add the options of SGD, in the full space or in a subspace."""
-    group = parser.groups["training"]
-    add = group.add_argument
-    add("--lr", "--learning-rate", type=nonnegative, metavar="LR", default=lr, help=lr_help)
-    add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--milestones", type=natural, nargs="*", metavar="N", default=milestones,
-        help=f"after N epochs the learning rate drops to a tenth{usual}")
-    add("--schedule", type=one_of("schedule", ["cosine"]), metavar="cosine",
-        help="instead of --milestones, half a cosine from the learning rate to 0 after --epochs")
+    """Add the options of the optimizers of torch, in the full space or in a subspace.
+
+    `rates` are the learning rates for each optimizer, `drops` the milestones for each dataset,
+    with those of all others under "", and `usual` says so.
+    """
+    parser.rates, parser.drops = rates, drops
+    add = parser.groups["training"].add_argument
+    add(
+        "--optimizer",
+        type=one_of("optimizer", list(rates)),
+        metavar="NAME",
+        default="sgd",
+        help=", ".join(rates),
+    )
+    default = f"{rates['sgd']:g}, with adam and adamw {rates['adam']:g}"
+    add(
+        "--lr",
+        "--learning-rate",
+        type=nonnegative,
+        metavar="LR",
+        help=f"learning rate (default: {default})",
+    )
+    add("--momentum", type=fraction, metavar="M", default=0.9, help="momentum of sgd")
+    add = parser.groups["training"].add_mutually_exclusive_group().add_argument
+    add(
+        "--milestones",
+        type=natural,
+        nargs="*",
+        metavar="N",
+        help=f"after N epochs the learning rate drops to a tenth (default: {usual})",
+    )
+    add(
+        "--schedule",
+        type=one_of("schedule", ["cosine"]),
+        metavar="cosine",
+        help="instead of --milestones, half a cosine from the learning rate to 0 after --epochs",
+    )
+
+
+def add_sample_options(parser: Parser) -> None:
+    """Add the options for which samples span the subspace."""
+    add = parser.groups["subspace"].add_argument
+    add(
+        "--params_start",
+        "--params-start",
+        type=natural,
+        metavar="N",
+        default=0,
+        help="first sample, where training in the subspace starts from",
+    )
+    add(
+        "--params_end",
+        "--params-end",
+        type=natural,
+        metavar="N",
+        help="one past the last sample (default: 51, or all where there are fewer)",
+    )
+    add(
+        "--params_stride",
+        "--params-stride",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="take every N-th sample",
+    )
 
 
 def add_subspace_options(parser: Parser) -> None:
-    """Add the options for samples, subspace, and where training starts."""
+    """Add the options for the subspace, the samples that span it, and where training starts."""
+    add_sample_options(parser)
     add = parser.groups["subspace"].add_argument
-    add("--n_components", "--n-components", type=components, metavar="K",
+    add(
+        "--n_components",
+        "--n-components",
+        type=components,
+        metavar="K",
         help="directions to keep, or the fraction of the samples' variance to explain, e.g. 0.99 "
-        "(default: 40, or one less than the samples)")
-    add("--params_start", "--params-start", type=natural, metavar="N", default=0,
-        help="first sample, where training in the subspace starts from")
-    add("--params_end", "--params-end", type=natural, metavar="N",
-        help="one past the last sample (default: 51, or all where there are fewer)")
-    add("--params_stride", "--params-stride", type=positive, metavar="N", default=1,
-        help="take every N-th sample")
-    add("--basis", type=basis, metavar="BASIS", default="pca",
+        "(default: 40, or one less than the samples)",
+    )
+    add(
+        "--basis",
+        type=basis,
+        metavar="BASIS",
+        default="pca",
         help="pca; schmidt: all directions that the snapshots span; random: K random ones; walk: "
-        "pca of a random walk with steps as long as theirs; or a file, .npz or .npy")
-    add("--start", type=sample_or_mean, metavar="N",
-        help="start at sample N, or at the samples' `mean` (default: --params_start)")
-    add("--bn-update", action="store_true",
-        help="before each test, recompute BatchNorm's statistics over the training images")
-    add("--basis-dtype", type=one_of("type", ["float32", "bfloat16"]), metavar="TYPE",
+        "pca of a random walk with steps as long as theirs; or a file, .npz or .npy",
+    )
+    add(
+        "--start",
+        type=sample_or_mean,
+        metavar="N",
+        help="start at sample N, or at the samples' `mean` (default: --params_start)",
+    )
+    add(
+        "--bn-update",
+        action="store_true",
+        help="before each test, recompute BatchNorm's statistics over the training images",
+    )
+    add(
+        "--basis-dtype",
+        type=one_of("type", ["float32", "bfloat16"]),
+        metavar="TYPE",
         default="float32",
-        help="how the basis is kept; bfloat16 takes half the memory")
+        help="how the basis is kept; bfloat16 takes half the memory",
+    )
     add = parser.groups["run"].add_argument
-    add("--run", type=run_name, metavar="NAME",
-        help="directory in --save-dir (default: the method's, with --basis and --start if given)")
-# fmt: on
+    add(
+        "--run",
+        type=run_name,
+        metavar="NAME",
+        help="directory in --save-dir (default: the method's, with --basis, --start and "
+        "--train-seed if given, and with --n_components where another one's run is in it)",
+    )

@@ -1,11 +1,13 @@
 """What the options leave open, and whether they go together; the device and torch's settings."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +16,9 @@ from dldr.distributed import on_rank0, world_size
 from training import distributed
 from training.distributed import restart_count
 from training.errors import InputError, blame
-from training.files import check_file, recorded_options
+from training.files import check_file, checkpoint_file, directory_with_k
 from training.options import BASES, Parser, one_of
+from training.records import read_config, resumed_options, shared_options
 from utils import DATASETS
 
 
@@ -25,19 +28,17 @@ def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace
     if args.arch == "list":
         print(models.listing())
         raise SystemExit(0)
+    args.given = given_options(parser, args, argv)
     args.device = pick_device(args.device)
     distributed.init(args.device)
-    if args.basis or args.average:
-        take_from_trajectory(args, given_options(parser, args, argv))
     if restart_count() and not args.evaluate:  # the command is that of the first start
         args.resume, args.overwrite = args.resume or True, False
     if args.average:
         args.method = "average"
-    args.directory = run_directory(args)
+    args.directory = on_rank0(lambda: run_directory(args))
+    take_from_records(args)
     check_combinations(args)
-    args.image_size = args.image_size or DATASETS[args.datasets].image_size
-    if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
-        args.channels_last = args.device == "cpu"
+    fill_in(args, parser)
     configure_torch(args)
     return args
 
@@ -50,15 +51,43 @@ def given_options(parser: Parser, args: argparse.Namespace, argv: Sequence[str] 
     return {name for name, value in parsed.items() if value is not untouched}
 
 
-def take_from_trajectory(args: argparse.Namespace, given: set[str]) -> None:
-    """Take the network and the data from the trajectory where the command does not name them."""
-    with blame("--save-dir"):
-        recorded = on_rank0(lambda: recorded_options(args.save_dir / "config.json"))
-    vars(args).update({name: value for name, value in recorded.items() if name not in given})
+def take_from_records(args: argparse.Namespace) -> None:
+    """Take what the command does not give from the trajectory, and from the run it continues."""
+
+    def read() -> dict[str, Any]:
+        recorded, trajectory = {}, args.save_dir / "config.json"
+        if (args.basis or args.average) and trajectory.exists():
+            with blame("--save-dir"):
+                recorded |= shared_options(trajectory)
+        file = checkpoint_file(args)
+        if args.evaluate and not args.pretrained:
+            file = file or args.directory / "model.th"
+        if file and file.exists() and (file.parent / "config.json").exists():
+            recorded |= resumed_options(file.parent / "config.json")
+        return recorded
+
+    recorded = on_rank0(read)
+    known = vars(args).keys() - args.given
+    known -= {"schedule"} if "milestones" in args.given else set()  # one of them
+    vars(args).update({name: value for name, value in recorded.items() if name in known})
+
+
+def fill_in(args: argparse.Namespace, parser: Parser) -> None:
+    """Decide what depends on other options."""
+    args.data_dir = args.data_dir.absolute()
+    args.image_size = args.image_size or DATASETS[args.datasets].image_size
+    if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
+        args.channels_last = args.device == "cpu"
+    if args.train_seed is None:
+        args.train_seed = args.randomseed
+    if args.optimizer:
+        args.lr = parser.rates[args.optimizer] if args.lr is None else args.lr
+        if args.milestones is None:
+            args.milestones = parser.drops.get(args.datasets, parser.drops[""])
 
 
 def run_directory(args: argparse.Namespace) -> Path:
-    """Where a run's files are: --save-dir, or in it --run, or a name made of basis and start."""
+    """Where a run's files are: --save-dir, or in it --run, or a name made of its options."""
     if args.method == "sgd":
         return args.save_dir
     name = args.method
@@ -66,7 +95,20 @@ def run_directory(args: argparse.Namespace) -> Path:
         name += f"_{Path(args.basis).stem}"
     if args.start is not None:
         name += f"_from_{args.start}"
-    return args.save_dir / (args.run or name)
+    if args.train_seed is not None:
+        name += f"_seed{args.train_seed}"
+    directory = args.save_dir / (args.run or name)
+    # So that runs of several k go on side by side, the later ones have it in their names.
+    with_k = directory_with_k(args, directory)
+    return with_k if with_k.exists() or is_of_other_k(args, directory) else directory
+
+
+def is_of_other_k(args: argparse.Namespace, directory: Path) -> bool:
+    """Whether a run with other --n_components than the command gives is in the directory."""
+    with contextlib.suppress(Exception):  # what is wrong with the file is said later
+        recorded = read_config(directory / "config.json")["arguments"]["n_components"]
+        return "n_components" in args.given and recorded != args.n_components
+    return False
 
 
 def pick_device(name: str) -> str:
@@ -102,7 +144,7 @@ def check_combinations(args: argparse.Namespace) -> None:
     else:
         with blame("--arch", argparse.ArgumentTypeError):
             args.arch = one_of("network", models.ARCHITECTURES)(args.arch)
-    if args.epochs <= args.start_epoch:
+    if args.epochs <= args.start_epoch and not args.average:
         raise InputError(f"--epochs {args.epochs}: allowed: above --start-epoch {args.start_epoch}")
     if 1 < world_size() > args.batch_size / 2:
         least = 2 * world_size()

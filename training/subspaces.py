@@ -17,10 +17,11 @@ from dldr.parameters import average, trainable
 from dldr.pca import check_components, gram_matrix, orthonormalize, pca, step_lengths
 from dldr.trajectory import Snapshot, abbreviate, load_samples, snapshot_numbers
 from training.errors import InputError, blame
-from training.files import check_config, check_file, fingerprint, sample_range, save
+from training.files import check_file, fingerprint, save
 from training.memory import check_basis_memory
 from training.network import check_fits, copy_into, load_weights, renamed
 from training.options import BASES
+from training.records import SHARED, check_same, read_config, sample_range
 from utils import rng
 
 
@@ -44,7 +45,8 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Snapshot]:
         )
     config = args.save_dir / "config.json"
     if on_rank0(config.exists):
-        on_rank0(lambda: check_config(args, config))
+        arguments = on_rank0(lambda: read_config(config))["arguments"]
+        check_same(args, arguments, SHARED, config)
     else:
         print0(f"{config} is missing: its run's data, network and seed are not checked")
     if world_size() > 1:
