@@ -218,39 +218,6 @@ def test_averages_are_chosen_on_images_that_were_left_out(tmp_path, monkeypatch)
     assert found == pytest.approx(100 * float(right.float().mean()), abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("script", "options", "message"),
-    [
-        (train_psgd, ["--basis", "random", "--n_components", "0.9"], "--n_components: 0.9"),
-        (train_psgd, ["--basis", "rndom"], "--basis"),
-        (train_psgd, ["--basis", "wrong.npy"], "wrong.npy: (3, 4)"),
-        (train_psgd, ["--basis", "text.npy"], "text.npy: no .npy"),
-        (train_psgd, ["--basis", "complex.npy"], "complex.npy: (3, 75290)"),
-        (train_psgd, ["--basis", "empty.npy"], "empty.npy: (0, 75290)"),
-        (train_psgd, ["--start", "99"], "99.pt"),
-        (train_psgd, ["--start", "-1"], "--start"),
-        (train_psgd, ["--start", "best"], "--start"),
-        (train_psgd, ["--run", "../elsewhere"], "--run"),
-        (train_psgd, ["--run", ""], "--run"),
-        (train_psgd, ["--basis", "schmidt", "--params_end", "1"], "--params_end: 1 of 1 samples"),
-        (train_sgd, ["--average", "3", "3"], "--average"),
-        (train_sgd, ["--average", "0", "3", "--resume", "text.npy"], "--resume: not with"),
-        (train_sgd, ["--average", "3", "99"], "--average"),
-        (train_sgd, ["--average", "3"], "--average"),
-    ],
-)
-def test_refused(script, options, message, sampled, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    np.save("wrong.npy", np.ones((3, 4)))
-    np.save("complex.npy", 1j * np.ones((3, 75290)))
-    np.save("empty.npy", np.ones((0, 75290)))
-    (tmp_path / "text.npy").write_text("no array")
-    before = sorted(path.name for path in sampled.rglob("*"))
-    base = SUBSPACE if script is train_psgd else DIGITS
-    assert message in refused(script.main, [*base, "--save-dir", sampled, *options])
-    assert sorted(path.name for path in sampled.rglob("*")) == before
-
-
 def test_runs_share_a_trajectory(copy):
     for name in ("a", "b"):
         train_psgd.main([*SUBSPACE, "--run", name, "--save-dir", str(copy)])

@@ -75,29 +75,34 @@ def test_what_a_command_leaves_open_is_as_it_was_for_the_samples(save_dir, refus
 
 
 @pytest.mark.parametrize(
-    ("there", "options", "taken"),
+    ("there", "cases"),
     [
-        (151, [], (51, 40)),
-        (51, [], (51, 40)),
-        (41, [], (41, 40)),
-        (40, [], (40, 39)),
-        (2, [], (2, 1)),
-        (151, ["--params_end", "81"], (81, 40)),
-        (151, ["--params_end", "21"], (21, 20)),
-        (151, ["--params_stride", "5"], (51, 10)),
-        (61, ["--n_components", "60", "--params_end", "61"], (61, 60)),
+        (
+            151,
+            {
+                "": (51, 40),
+                "--params_end 81": (81, 40),
+                "--params_end 21": (21, 20),
+                "--params_stride 5": (51, 10),
+                "--n_components 60 --params_end 61": (61, 60),
+            },
+        ),
+        (41, {"": (41, 40)}),
+        (40, {"": (40, 39)}),
+        (2, {"": (2, 1)}),
     ],
 )
 def test_samples_and_directions_are_as_published_where_there_are_as_many(
-    there, options, taken, sampled, tmp_path
+    there, cases, sampled, tmp_path
 ):
     for number in range(there):
         os.link(sampled / "6.pt", tmp_path / f"{number}.pt")
-    command = [*DIGITS, "--save-dir", str(tmp_path), *options]
-    args = training.setup.parse_args(train_psgd.get_options(), command)
-    samples = training.subspaces.load_subspace_samples(args)
-    assert (args.params_end, args.n_components) == taken
-    assert len(samples) == len(range(0, args.params_end, args.params_stride))
+    for options, taken in cases.items():
+        command = [*DIGITS, "--save-dir", str(tmp_path), *options.split()]
+        args = training.setup.parse_args(train_psgd.get_options(), command)
+        samples = training.subspaces.load_subspace_samples(args)
+        assert (args.params_end, args.n_components) == taken
+        assert len(samples) == len(range(0, args.params_end, args.params_stride))
 
 
 def test_a_network_to_import_is_not_taken_from_a_file(save_dir, refused, tmp_path, monkeypatch):

@@ -40,13 +40,12 @@ def random_split(n=20, size=8, seed=0):
     return Split(images, torch.arange(n) % 10, list("0123456789"))
 
 
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0.0 bytes"), (1023, "1023.0 bytes"), (1024, "1.0 KiB"), (303_136, "296.0 KiB"),
-     (5 * 2**20, "5.0 MiB"), (2**30 - 1, "1024.0 MiB"), (2**40, "1024.0 GiB")],
-)  # fmt: skip
-def test_sizes_have_a_unit_in_which_they_show(size, text):
-    assert training.memory.size_text(size) == text
+def test_sizes_have_a_unit_in_which_they_show():
+    for size, text in (
+        (0, "0.0 bytes"), (1023, "1023.0 bytes"), (1024, "1.0 KiB"), (303_136, "296.0 KiB"),
+        (5 * 2**20, "5.0 MiB"), (2**30 - 1, "1024.0 MiB"), (2**40, "1024.0 GiB"),
+    ):  # fmt: skip
+        assert training.memory.size_text(size) == text
 
 
 # label noise
@@ -70,11 +69,11 @@ def test_corruption_changes_at_most_its_fraction(n, fraction, classes, seed):
     assert torch.equal(corrupted, corrupt_labels(labels, fraction, classes, seed))
 
 
-@pytest.mark.parametrize(("n", "fraction"), [(1000, 0.4), (1437, 0.2), (7, 0.5), (10, 1.0)])
-def test_corruption_draws_exactly_its_count(n, fraction):
+def test_corruption_draws_exactly_its_count():
     """With label −1 everywhere, every drawn label shows."""
-    drawn = corrupt_labels(torch.full((n,), -1), fraction, 10, 1) >= 0
-    assert drawn.sum() == int(fraction * n)
+    for n, fraction in ((1000, 0.4), (1437, 0.2), (7, 0.5), (10, 1.0)):
+        drawn = corrupt_labels(torch.full((n,), -1), fraction, 10, 1) >= 0
+        assert drawn.sum() == int(fraction * n)
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -408,15 +407,15 @@ def test_what_is_drawn_in_training(option, size, folder):
     assert (len(images.unique(dim=0)) > 1) == (option != "no_augment")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_group_leaves_the_workers_to_the_run(number, folder):
+def test_a_signal_to_the_group_leaves_the_workers_to_the_run(folder):
     """A scheduler's goes to all: a worker that died of it would end the run before it is saved."""
     options = {"data_dir": folder, "image_size": 80, "workers": 1, "batch_size": 2}
     batches = utils.load_data(arguments(datasets="ImageFolder", **options)).train.epoch(0)
     before = multiprocessing.active_children()  # an error in an earlier test may have kept some
     next(batches)
     (worker,) = {*multiprocessing.active_children()} - {*before}
-    os.kill(worker.pid, number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.pid, number)
     assert len(list(batches)) == 5
 
 

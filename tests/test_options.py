@@ -143,6 +143,7 @@ REFUSED = [
     (PSGD, "--save-dir .", "there are none"),
     (PSGD, "--start 7", "7.pt: there is no such file"),
     (PSGD, "--start mean --pretrained RUN/model.th", "not with --pretrained"),
+    (PSGD, "--basis schmidt --params_end 1", "--params_end: 1 of 1 snapshots"),
     (PSGD, "--basis nowhere.npz", "nowhere.npz: there is no such file"),
     (PSGD, "--basis random --n_components 0.5", "a whole number up to 75290"),
     (PSGD, "--basis random --n_components 75291", "a whole number up to 75290"),

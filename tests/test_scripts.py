@@ -168,6 +168,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_resumed_run_equals_an_unbroken_one(name, sampled, tmp_path, capsys):
     script, options = OPTIONS[name]
@@ -252,19 +253,18 @@ def test_cosine_is_torch_s(script, sampled, tmp_path, capsys):
     assert [float(lr) for lr in shown] == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("options", "warned"),
-    [([], True), (["--milestones", "2", "9"], True), (["--milestones", "1", "2"], False),
-     (["--milestones"], False), (["--schedule", "cosine"], False)],
-)  # fmt: skip
-def test_milestones_that_are_never_reached_are_told(options, warned, tmp_path, capsys):
-    short = [*DIGITS, "--smalldatasets", "0.1", "--epochs", "2", "--save-dir", str(tmp_path)]
-    train_sgd.main([*short, *options])
-    assert ("the learning rate stays 0.1" in capsys.readouterr().out) == warned
+def test_milestones_that_are_never_reached_are_told(tmp_path, capsys):
+    short = [*DIGITS, "--smalldatasets", "0.1", "--epochs", "2", "--overwrite", "--save-dir"]
+    for options, warned in (
+        ("", True), ("--milestones 2 9", True), ("--milestones 1 2", False),
+        ("--milestones", False), ("--schedule cosine", False),
+    ):  # fmt: skip
+        train_sgd.main([*short, str(tmp_path), *options.split()])
+        assert ("the learning rate stays 0.1" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_optimizers_are_torch_s(name, tmp_path, monkeypatch):
+def test_optimizers_are_torch_s(name):
     """Oracle: torch.optim, on the same gradients."""
     model = torch.nn.Linear(3, 2)
     args = training.setup.parse_args(
@@ -292,7 +292,7 @@ def test_optimizers_are_torch_s(name, tmp_path, monkeypatch):
         ("sgd", "ImageNet", 0.1, [30, 60, 90]),
     ],
 )
-def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch):
+def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch, tmp_path):
     """What the options leave open is decided as published, before any data is read."""
     seen = {}
 
@@ -302,7 +302,8 @@ def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch):
 
     monkeypatch.setattr(train_sgd, "load_data", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_sgd.main(["--optimizer", optimizer, "--datasets", datasets])
+        argv = ["--optimizer", optimizer, "--datasets", datasets, "--save-dir", str(tmp_path)]
+        train_sgd.main(argv)
     assert seen["lr"] == lr
     assert seen["milestones"][:3] == milestones
     assert (seen["epochs"], seen["batch_size"], seen["weight_decay"]) == (200, 128, 1e-4)
