@@ -106,7 +106,7 @@ REFUSED = [
     (PSGD, "--arch resnet21", "did you mean resnet"),
     (SGD, "--arch xyzzy", "allowed: resnet8, resnet20"),
     (SGD, "--arch alexnet", "images of 8 × 8"),
-    (SGD, "--arch resnet18 --batch-size 1", "1 images"),
+    (SGD, "--arch resnet18 --batch-size 1", "--batch-size 1"),
     (SGD, "--smalldatasets 1e-9", "keeps none of 1437 images"),
     (SGD, "--epochs 3 --start-epoch 3", "allowed: above --start-epoch 3"),
     (PBFGS, "--device tpu", "allowed: auto, cpu"),
