@@ -149,12 +149,12 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     train_pbfgs.main([*SUBSPACE, "--alpha", "0.1", "--save-dir", str(copy)])
     capsys.readouterr()
     rows = report.main([str(copy), "--out", str(copy / "report")])
-    table = {row["method"]: row for row in rows}
+    table = {row["title"]: row for row in rows}
     assert table.keys() == {
-        "SGD", "weight average (samples 3–6)", "P-SGD, random basis",
+        "SGD", "weight average (snapshots 3–6)", "P-SGD, random basis",
         "P-SGD, from mean, BN update", "P+-BFGS",
     }  # fmt: skip
-    mean, random = table["weight average (samples 3–6)"], table["P-SGD, random basis"]
+    mean, random = table["weight average (snapshots 3–6)"], table["P-SGD, random basis"]
     assert (mean["epochs"], mean["total epochs"]) == (0, 6)
     assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)
 
@@ -162,7 +162,7 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
 def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     copy, tmp_path, capsys, undrawn, monkeypatch
 ):
-    """Oracles: the sample itself, but for its statistics, and the epochs counted."""
+    """Oracles: the sample itself, except for its statistics, and the epochs counted."""
     drawn = {}
     monkeypatch.setattr(reporting.plots, "landscape", lambda paths, **others: drawn.update(paths))
     subspace = ["--params_end", "5", "--n_components", "2", "--save-dir", str(copy)]
@@ -178,17 +178,17 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     train_sgd.main([*DIGITS, *further, "--epochs", "7", "--save-dir", str(tmp_path / "further")])
     capsys.readouterr()
     command = [str(copy), str(tmp_path / "further"), "--out", str(copy / "report")]
-    table = {row["method"]: row for row in report.main(command)}
-    titles = {"SGD", "SGD at epoch 4", "SGD, from sample 4", "P-SGD", "weight average (sample 4)"}
+    table = {row["title"]: row for row in report.main(command)}
+    titles = {"SGD", "SGD at epoch 4", "SGD, from snapshot 4", "P-SGD", "weight average (snapshot 4)"}
     assert table.keys() == titles
-    assert drawn["SGD, from sample 4"][0].tolist() == drawn["SGD"][4].tolist()
+    assert drawn["SGD, from snapshot 4"][0].tolist() == drawn["SGD"][4].tolist()
     runs = reporting.results.read([copy, tmp_path / "further"], [])
     spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in reporting.figures.curves(runs)}
-    assert spans.pop("weight average (sample 4)")[1] == 4
-    assert spans == {"SGD": (0, 6), "P-SGD": (4, 6), "SGD, from sample 4": (4, 7)}
-    row = table["SGD, from sample 4"]
+    assert spans.pop("weight average (snapshot 4)")[1] == 4
+    assert spans == {"SGD": (0, 6), "P-SGD": (4, 6), "SGD, from snapshot 4": (4, 7)}
+    row = table["SGD, from snapshot 4"]
     assert (row["k"], row["epochs"], row["total epochs"]) == ("n", 3, 7)
-    assert table["weight average (sample 4)"]["final"] == [last["test_acc"]]
+    assert table["weight average (snapshot 4)"]["final"] == [last["test_acc"]]
     # Of another noise level it is a trajectory of its own, from pretrained weights.
     noisy = [*further, "--corrupt", "0.4", "--epochs", "5", "--save-dir", str(tmp_path / "noisy")]
     train_sgd.main([*DIGITS, *noisy])

@@ -13,11 +13,12 @@ import pytest
 from conftest import DIGITS, SCRIPTS
 
 import report
+import trajectory
 from training import options
 from training.errors import InputError
 
 SGD, PSGD, PBFGS = SCRIPTS
-ALL = (*SCRIPTS, report)
+ALL = (*SCRIPTS, report, trajectory)
 
 # A type of options.py, what it takes and makes of it, what it refuses, words of its message.
 WORDS = "1.5 1e3 0x10 inf nan many ''"
@@ -62,16 +63,15 @@ def test_near_misses_are_answered_with_the_nearest():
             options.one_of("dataset", options.DATASETS)(text)
 
 
-# For each option of a type one value that is out of its range.
+# Of options whose type has a range, a value that is out of it; to all others the text is empty.
 OUT_OF_RANGE = """
-    --datasets cats; --data-dir ''; --image-size 0; --mean 0 0 2; --std 0 1 1; --corrupt 1.01
-    --smalldatasets 0; --pretrained ''; --epochs 0; --start-epoch -1; --batch-size 0
-    --weight-decay inf; --randomseed -1; --train-seed -1; --save-dir ''; --save-every 0
-    --resume ''; --print-freq 0
+    --names (; --datasets cats; --image-size 0; --mean 0 0 2; --std 0 1 1; --corrupt 1.01
+    --smalldatasets 0; --epochs 0; --start-epoch -1; --batch-size 0
+    --weight-decay inf; --randomseed -1; --train-seed -1; --save-every 0; --print-freq 0
     --threads 0; --workers -1; --test-batch-size 0; --run ../x; --lr -1; --momentum 2
     --milestones 3.5; --schedule step; --optimizer lbfgs; --average x 3; --sample-every 0
     --n_components 1.5; --params_start -1; --params_end 1.5; --params_stride 0; --basis foo
-    --start best; --basis-dtype float16; --alpha -1; --gamma 2; --accumulate 0; --out ''
+    --start best; --basis-dtype float16; --alpha -1; --gamma 2; --accumulate 0
 """
 
 
@@ -81,7 +81,7 @@ def test_every_option_refuses_what_is_not_of_its_type(script):
     parser, bad = script.get_options(), {}
     for words in map(shlex.split, re.split(r"[;\n]", OUT_OF_RANGE.strip())):
         bad[words[0]] = words[1:]
-    given = ["."] if script is report else []
+    given = ["."] if script in (report, trajectory) else []
     for action in parser._actions[1:]:
         flag = next((flag for flag in action.option_strings if flag[:2] == "--"), None)
         if flag is None:
@@ -90,7 +90,7 @@ def test_every_option_refuses_what_is_not_of_its_type(script):
         if action.nargs not in (0, "?", "*"):
             tries.append([flag])
         if action.type not in (None, str.lower):
-            tries.append([flag, *bad[flag]])
+            tries.append([flag, *bad.get(flag, [""])])
         for words in tries:
             with pytest.raises(InputError) as error:
                 parser.parse_args([*given, *words])
@@ -302,7 +302,7 @@ def test_answers_do_not_wait_for_torch(script, tmp_path):
         code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
         (tmp_path / f"{package}.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    own = ["."] if script is report else []
+    own = ["."] if script in (report, trajectory) else []
     for words, code, says in (
         (["--help"], 0, "show this help"),
         (["--out=", "--save-dir=", "--nonsense"], 2, "--"),

@@ -645,7 +645,7 @@ EARLY = [
     (train_sgd, "--evaluate --save-dir nowhere", "nowhere/model.th: there is no such"),
     (train_sgd, "--average 0 8", "lacks the snapshots 7"),
     (train_psgd, "", "psgd holds a run"),
-    (train_psgd, "--overwrite --n_components 7", "--n_components: 7 of 7 samples; allowed"),
+    (train_psgd, "--overwrite --n_components 7", "--n_components: 7 of 7 snapshots; allowed"),
     (train_psgd, "--resume --run psgd --n_components 5", "--n_components: 5 here, 6 in"),
     (train_psgd, "--overwrite", "is in use by another process"),
 ]

@@ -114,7 +114,7 @@ def test_sgd_learns_and_so_do_the_subspaces(copy, capsys, undrawn):
     assert "10 directions" in capsys.readouterr().out
     table = report.main([str(copy), "--out", str(copy / "report")])
     names = ["SGD", "SGD at epoch 15", "P-BFGS", "P-SGD"]
-    assert [row["method"] for row in table] == names
+    assert [row["title"] for row in table] == names
     epochs = [(20, 20), (15, 15), (10, 25), (10, 25)]
     assert [(row["epochs"], row["total epochs"]) for row in table] == epochs
 
@@ -516,7 +516,7 @@ def test_report_counts_what_was_sampled(copy, undrawn):
     samples = ["--params_end", "6", "--params_stride", "3", "--n_components", "0.5"]
     train_psgd.main([*SUBSPACE, *samples, "--epochs", "2", "--save-dir", str(copy)])
     table = report.main([str(copy), "--out", str(copy / "report")])
-    assert [[row[name] for name in ("method", "k", "epochs", "total epochs")] for row in table] == [
+    assert [[row[name] for name in ("title", "k", "epochs", "total epochs")] for row in table] == [
         ["SGD", "n", 6, 6],
         ["SGD at epoch 3", "n", 3, 3],
         ["P-SGD", 1, 2, 5],
