@@ -179,16 +179,22 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     capsys.readouterr()
     command = [str(copy), str(tmp_path / "further"), "--out", str(copy / "report")]
     table = {row["title"]: row for row in report.main(command)}
-    titles = {"SGD", "SGD at epoch 4", "SGD, from snapshot 4", "P-SGD", "weight average (snapshot 4)"}
+    titles = {
+        "SGD",
+        "SGD at epoch 4",
+        "SGD, from snapshot 4",
+        "P-SGD",
+        "weight average (snapshot 4)",
+    }
     assert table.keys() == titles
     assert drawn["SGD, from snapshot 4"][0].tolist() == drawn["SGD"][4].tolist()
     runs = reporting.results.read([copy, tmp_path / "further"], [])
     spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in reporting.figures.curves(runs)}
-    assert spans.pop("weight average (snapshot 4)")[1] == 4
+    assert spans.pop(average)[1] == 4
     assert spans == {"SGD": (0, 6), "P-SGD": (4, 6), "SGD, from snapshot 4": (4, 7)}
     row = table["SGD, from snapshot 4"]
     assert (row["k"], row["epochs"], row["total epochs"]) == ("n", 3, 7)
-    assert table["weight average (snapshot 4)"]["final"] == [last["test_acc"]]
+    assert table[average]["final"] == [last["test_acc"]]
     # Of another noise level it is a trajectory of its own, from pretrained weights.
     noisy = [*further, "--corrupt", "0.4", "--epochs", "5", "--save-dir", str(tmp_path / "noisy")]
     train_sgd.main([*DIGITS, *noisy])

@@ -108,7 +108,7 @@ def test_the_digits_experiment_reaches_the_recorded_accuracies(tmp_path):
         ["bash", "-c", shell], cwd=ROOT, check=True, capture_output=True, text=True
     )
     recorded = json.loads((ROOT / "experiments" / "digits-full.json").read_text())["results"]
-    finals = {line["method"]: line["final"] for line in recorded if line["noise"] == 0}
+    finals = {line["title"]: line["final"] for line in recorded if line["noise"] == 0}
     for method, options in zip(METHODS, done.stdout.splitlines(), strict=True):
         rows = run(method, f"--datasets digits --arch resnet20 {options}", place(method, tmp_path))
         cpu = statistics.mean(finals[method if method == "SGD" else f"{method}, BN update"])
