@@ -179,14 +179,8 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     capsys.readouterr()
     command = [str(copy), str(tmp_path / "further"), "--out", str(copy / "report")]
     table = {row["title"]: row for row in report.main(command)}
-    titles = {
-        "SGD",
-        "SGD at epoch 4",
-        "SGD, from snapshot 4",
-        "P-SGD",
-        "weight average (snapshot 4)",
-    }
-    assert table.keys() == titles
+    average = "weight average (snapshot 4)"
+    assert table.keys() == {"SGD", "SGD at epoch 4", "SGD, from snapshot 4", "P-SGD", average}
     assert drawn["SGD, from snapshot 4"][0].tolist() == drawn["SGD"][4].tolist()
     runs = reporting.results.read([copy, tmp_path / "further"], [])
     spans = {curve.name: tuple(curve.epochs[[0, -1]]) for curve in reporting.figures.curves(runs)}
