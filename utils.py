@@ -13,6 +13,7 @@ import random as python_random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,13 +82,18 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
+def share(fraction: float, n: int) -> int:
+    """⌊fraction · n⌋ of the decimal number: as a binary one, 0.29 · 100 is 28.999…"""
+    return int(Fraction(str(fraction)) * n)
+
+
 def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
     """A copy of `labels` (N,) with ⌊fraction · N⌋ of them drawn uniformly over all classes.
 
     Which ones, and what they become, depends on `seed` alone; by chance some keep their label.
     """
     random = rng(seed, "corrupt")
-    positions = random.permutation(len(labels))[: int(fraction * len(labels))]
+    positions = random.permutation(len(labels))[: share(fraction, len(labels))]
     new = random.integers(num_classes, size=len(positions))
     corrupted = labels.clone()
     corrupted[positions] = torch.from_numpy(new).to(labels)
@@ -355,8 +361,8 @@ def check_split(args: argparse.Namespace, name: str, split: Split, classes: int,
 
 def subset(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Which of n training images --smalldatasets keeps, and which it leaves out."""
-    order = rng(seed, "subset").permutation(n)
-    return order[: int(fraction * n)], order[int(fraction * n) :]
+    order, kept = rng(seed, "subset").permutation(n), share(fraction, n)
+    return order[:kept], order[kept:]
 
 
 def read_splits(args: argparse.Namespace) -> tuple[Split, Split]:
@@ -395,6 +401,8 @@ def make_loader(
     if batch_size is None:
         area = max(1.0, (size / IN_MEMORY_PIXELS) ** 2)
         batch_size = getattr(args, "test_batch_size", None) or max(1, int(TEST_BATCH / area))
+        if world_size() > 1:
+            batch_size = max(batch_size, 2 * world_size())  # so that each process has some of it
     if dataset.read is read_folder:
         if size <= IN_MEMORY_PIXELS:
             split = decode(split, size, args.workers)

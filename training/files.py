@@ -6,6 +6,7 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -79,6 +80,14 @@ def save(file: Path, value: Any) -> None:
             np.savez(stream, **value)
         else:
             torch.save(on_cpu(value), stream)
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None for numbers that are not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def on_cpu(value: Any) -> Any:
@@ -229,8 +238,8 @@ class RunFiles:
         save(self.config, json.dumps(config, indent=2) + "\n")
 
     def save_metrics(self, rows: Sequence[dict]) -> None:
-        """Write metrics.jsonl."""
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        """Write metrics.jsonl, with null for what is not finite, which JSON does not know."""
+        lines = "".join(json.dumps(finite(row)) + "\n" for row in rows)
         save(self.directory / "metrics.jsonl", lines)
 
     def has_results_of(self, epoch: int) -> bool:

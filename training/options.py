@@ -72,6 +72,8 @@ class Parser(argparse.ArgumentParser):
 def answer_early(parser: Parser) -> None:
     """Answer --help and mistakes, and from now on Ctrl-C, before torch is imported."""
     accept_any_encoding()
+    # Else DDP warns from C++, in every process, of parameters that might have been unused.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     handle(stop)
     try:
         parser.parse_args()

@@ -186,7 +186,8 @@ def random_basis(k: int, n: int, seed: int, dtype: torch.dtype, device: str) -> 
     """k orthonormal rows (k, n) of a uniformly random subspace, the same on every device."""
     check_basis_memory(k, n, torch.float32, "cpu")  # where it is drawn
     check_basis_memory(k, n, dtype, device)
-    generator = torch.Generator().manual_seed(seed)
+    # Of a stream that is not the initialization's: the first row would resemble its weights.
+    generator = torch.Generator().manual_seed(int(rng(seed, "basis").integers(2**63)))
     basis = torch.randn(k, n, generator=generator).to(device)
     orthonormalize(basis)
     return basis.to(dtype)
