@@ -275,6 +275,14 @@ def read_digits(args: argparse.Namespace, train: bool) -> Split:
     return Split(gray_to_rgb(gray), labels, [str(name) for name in digits.target_names])
 
 
+# Where torchvision looks in --data-dir.
+FOLDERS = {
+    "CIFAR10": "cifar-10-batches-py",
+    "CIFAR100": "cifar-100-python",
+    "MNIST": "MNIST/raw",
+}
+
+
 def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
     """CIFAR10, CIFAR100 or MNIST from --data-dir, downloaded there on first use."""
     root = args.data_dir
@@ -288,8 +296,9 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
                 for folder in sorted([root, *root.rglob("*")], reverse=True):
                     folder.rmdir()
         raise ValueError(
-            f"--datasets {name}: not in --data-dir {root}, and not downloaded ({error}); "
-            "name the directory that has it with --data-dir, or take --datasets digits"
+            f"--datasets {name}: not in --data-dir {root}, as {FOLDERS[name]}, and not downloaded "
+            f"({error}); name the directory that has {FOLDERS[name]} with --data-dir, or take "
+            "--datasets digits"
         ) from error
     if train and not was_there:
         print0(f"{name}: downloaded to {root}")

@@ -67,8 +67,9 @@ def average(snapshots: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     for name, last in snapshots[-1].items():
         if last.is_floating_point() or last.is_complex():
             wide = torch.complex128 if last.is_complex() else torch.float64
-            total = sum(snapshot[name].to(wide) for snapshot in snapshots)
-            means[name] = (total / len(snapshots)).to(last.dtype)
+            home = "cpu" if last.device.type == "mps" else last.device  # Apple's GPUs have neither
+            total = sum(snapshot[name].to(home, wide) for snapshot in snapshots)
+            means[name] = (total / len(snapshots)).to(last)
         else:
             means[name] = last.clone()
     return means

@@ -1,8 +1,10 @@
 """P-BFGS: a quasi-Newton method with a line search, on a few variables (Li et al., §4)."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,7 +42,7 @@ class PBFGS(torch.optim.Optimizer):
         """Move z, whose .grad is g; returns the number of rejected trials.
 
         `evaluate()` returns the mini-batch loss at the current z. All its calls draw the same
-        random numbers from torch, as for dropout. `loss` is what it returns at the z of g, where
+        random numbers, as for dropout. `loss` is what it returns at the z of g, where
         that is known already: with dropout it is not, unless its draws were those of `evaluate`.
         Each trial is a host sync: what comes next depends on it.
         """
@@ -70,13 +72,19 @@ class PBFGS(torch.optim.Optimizer):
 
 
 def with_same_draws(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """The function, which draws the same random numbers from torch each time that it is called."""
+    """The function, which draws the same random numbers each time that it is called.
+
+    They are torch's, and those of random and numpy, which layers that are dropped may draw.
+    """
     generators = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    setters = [generator.set_rng_state for generator in generators]
     states = [generator.get_rng_state() for generator in generators]
+    setters += [random.setstate, np.random.set_state]
+    states += [random.getstate(), np.random.get_state()]
 
     def repeated() -> Tensor:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_rng_state(state)
+        for put, state in zip(setters, states, strict=True):
+            put(state)
         return function()
 
     return repeated

@@ -2,14 +2,15 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS
 
 import train_sgd
 import utils
+from dldr import PBFGS
 from training.files import RunFiles
 from training.subspaces import random_basis
 
@@ -43,3 +44,32 @@ def test_metrics_are_json_whatever_a_test_gives(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert row == {"epoch": 1, "test_loss": None, "test_acc": 10.0, "lr": None}
+
+
+@pytest.mark.parametrize(("name", "folder"), [("MNIST", "MNIST/raw"), ("CIFAR100", "cifar-100-p")])
+def test_where_a_dataset_is_looked_for_is_said(name, folder, tmp_path, monkeypatch, refused):
+    """Oracle: torchvision's own folders. Here there is no network."""
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", None)
+    (tmp_path / "data").mkdir()
+    options = ["--datasets", name, "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run"]
+    assert f"name the directory that has {folder}" in refused(train_sgd.main, options)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, np.random.rand, lambda: float(torch.rand(()))],
+    ids=["py", "np", "torch"],
+)
+def test_trials_of_a_step_draw_the_same(draw):
+    """Oracle: one draw. Layers are dropped by any of the three."""
+    z, draws = torch.nn.Parameter(torch.ones(2)), []
+
+    def evaluate() -> torch.Tensor:
+        draws.append(draw())
+        return torch.tensor(float(len(draws)))  # never less, so all trials are made
+
+    z.grad = torch.ones(2)
+    PBFGS([z]).step(evaluate)
+    assert len(draws) > 2
+    assert len(set(draws)) == 1
+    assert draw() not in draws

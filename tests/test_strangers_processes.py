@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import DIGITS, ROOT, in_processes
 
 import train_sgd
