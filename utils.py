@@ -276,11 +276,7 @@ def read_digits(args: argparse.Namespace, train: bool) -> Split:
 
 
 # Where torchvision looks in --data-dir.
-FOLDERS = {
-    "CIFAR10": "cifar-10-batches-py",
-    "CIFAR100": "cifar-100-python",
-    "MNIST": "MNIST/raw",
-}
+FOLDERS = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python", "MNIST": "MNIST/raw"}
 
 
 def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
