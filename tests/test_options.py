@@ -167,8 +167,8 @@ def save_dir(sampled, tmp_path_factory):
     return shutil.copytree(sampled, tmp_path_factory.mktemp("bad") / "run")
 
 
-@pytest.mark.parametrize(("script", "words", "message"), REFUSED)
-def test_refused(script, words, message, save_dir, tmp_path, refused, monkeypatch):
+@pytest.mark.parametrize("script", [*SCRIPTS, report])
+def test_refused(script, save_dir, tmp_path, refused, monkeypatch):
     """SGD has a new save dir, the others one with a trajectory; nothing is written in either."""
     monkeypatch.chdir(tmp_path)
     own = [] if script is report else [*DIGITS, "--epochs", "2", "--save-dir"]
@@ -176,12 +176,13 @@ def test_refused(script, words, message, save_dir, tmp_path, refused, monkeypatc
         script, [save_dir, "--params_end", "7", "--n_components", "3"]
     )
     before = files(save_dir)
-    given = shlex.split(words.replace("RUN", str(save_dir)))
-    line = refused(script.main, [*own, *given])
-    assert message in line
-    assert "--" in line or script is report
-    assert files(save_dir) == before
-    assert list(tmp_path.iterdir()) == []
+    for words, message in [case for of, *case in REFUSED if of is script]:
+        given = shlex.split(words.replace("RUN", str(save_dir)))
+        line = refused(script.main, [*own, *given])
+        assert message in line
+        assert "--" in line or script is report
+        assert files(save_dir) == before
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", ["--corrupt 2", "--smalldatasets 1e-9", "--arch alexnet"])

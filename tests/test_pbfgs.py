@@ -60,12 +60,12 @@ def test_update_satisfies_the_secant_equation():
     assert torch.linalg.eigvalsh(B).min() > 0
 
 
-@pytest.mark.parametrize("curvature", [-1.0, 0.0, 1e-21])
-def test_update_is_skipped_without_curvature(curvature):
+def test_update_is_skipped_without_curvature():
     B = quadratic()
     s = torch.zeros(6, dtype=torch.float64)
     s[0] = 1
-    assert torch.equal(update_inverse_hessian(B, s, curvature * s), B)
+    for curvature in (-1.0, 0.0, 1e-21):
+        assert torch.equal(update_inverse_hessian(B, s, curvature * s), B)
 
 
 def test_exact_search_ends_after_k_steps_with_the_inverse_hessian():
@@ -117,10 +117,10 @@ def test_when_no_trial_passes_the_last_shrunk_step_is_taken(loss):
     torch.testing.assert_close(z.detach(), torch.full((3,), -(0.4**20), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("parameters", [[torch.zeros(2, 2)], [torch.zeros(2), torch.zeros(2)]])
-def test_only_one_vector(parameters):
-    with pytest.raises(ValueError, match="one vector"):
-        PBFGS([nn.Parameter(parameter) for parameter in parameters])
+def test_only_one_vector():
+    for parameters in ([torch.zeros(2, 2)], [torch.zeros(2), torch.zeros(2)]):
+        with pytest.raises(ValueError, match="one vector"):
+            PBFGS([nn.Parameter(parameter) for parameter in parameters])
 
 
 def test_a_state_dict_resumes_where_it_was(tiny):
