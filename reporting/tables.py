@@ -148,7 +148,7 @@ def setting(row: Mapping[str, Any], name: str) -> str:
     """An option of a row as the table shows it; a schedule takes the place of milestones."""
     value = row["settings"][name]
     if name == "milestones":
-        return row["settings"]["schedule"] or " ".join(map(str, value))
+        return row["settings"]["schedule"] or " ".join(map(str, value or ()))
     return "" if value is None else str(value)
 
 
