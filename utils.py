@@ -10,8 +10,9 @@ import contextlib
 import multiprocessing
 import os
 import random as python_random
+import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -68,6 +69,19 @@ class Data(NamedTuple):
     wrong_labels: int = 0  # of the training images
 
 
+# CIFAR-10's asymmetric noise: classes that are taken for others (Patrini et al., CVPR 2017).
+SIMILAR = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
+LABEL_FILE = re.compile(r"(.+\.(?:npy|pt))(?::(.+))?")  # of --noise: FILE or FILE:KEY
+# What numpy writes into a pickle of an array, before its version 2 and since.
+NUMPY_ARRAYS = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("int8", "uint8", "int16", "int32", "int64")),
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+]
+
+
 def rng(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     """Random numbers that depend on (seed, purpose, index) only, the same on every device."""
     # Purposes count from 1: numpy takes [seed] and [seed, 0] for the same seed.
@@ -87,17 +101,92 @@ def share(fraction: float, n: int) -> int:
     return int(Fraction(str(fraction)) * n)
 
 
-def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
-    """A copy of `labels` (N,) with ⌊fraction · N⌋ of them drawn uniformly over all classes.
+def corrupt_labels(
+    labels: Tensor, fraction: float, num_classes: int, seed: int,
+    noise: str = "symmetric", similar: Sequence[int] = (),
+) -> Tensor:  # fmt: skip
+    """A copy of `labels` (N,) with ⌊fraction · N⌋ of them replaced; `seed` alone decides which.
 
-    Which ones, and what they become, depends on `seed` alone; by chance some keep their label.
+    They become what `noise` says. "symmetric": drawn uniformly over all classes, so that by chance
+    some keep their label; "symmetric-other": over the other classes; "pair": the next class, and
+    the first one after the last; "asymmetric": `similar[c]` of class c.
     """
     random = rng(seed, "corrupt")
     positions = random.permutation(len(labels))[: share(fraction, len(labels))]
-    new = random.integers(num_classes, size=len(positions))
+    old, size = labels.cpu().numpy()[positions], len(positions)
+    if noise == "symmetric":
+        new = random.integers(num_classes, size=size)
+    elif noise == "symmetric-other":
+        new = (old + random.integers(1, max(2, num_classes), size=size)) % num_classes
+    elif noise == "pair":
+        new = (old + 1) % num_classes
+    else:
+        new = np.array(similar, dtype=np.int64)[old]
     corrupted = labels.clone()
     corrupted[positions] = torch.from_numpy(new).to(labels)
     return corrupted
+
+
+def similar_classes(classes: Sequence[str]) -> list[int]:
+    """What --noise asymmetric makes of each of CIFAR-10's classes; ValueError for others."""
+    if not SIMILAR.keys() <= set(classes):
+        raise ValueError("--noise asymmetric: allowed with the classes of CIFAR-10")
+    return [list(classes).index(SIMILAR.get(name, name)) for name in classes]
+
+
+def noisy_labels(args: argparse.Namespace, train: Split) -> Tensor:
+    """The training labels as --corrupt and --noise make them."""
+    noise, classes = getattr(args, "noise", "symmetric"), len(train.classes)
+    if LABEL_FILE.fullmatch(noise):
+        return labels_in_file(args, train)
+    similar = similar_classes(train.classes) if noise == "asymmetric" else ()
+    return corrupt_labels(
+        train.labels, args.corrupt, classes, args.randomseed, noise=noise, similar=similar
+    )
+
+
+def labels_in_file(args: argparse.Namespace, train: Split) -> Tensor:
+    """The labels in --noise FILE, which has those of all images, also where not all are kept.
+
+    Raises ValueError where they are not those of this training set.
+    """
+    labels, clean = read_labels(args.noise)
+    kept = np.arange(labels.numel())
+    if args.smalldatasets:
+        kept, _ = subset(labels.numel(), args.smalldatasets, args.randomseed)
+    classes = len(train.classes)
+    whole = labels.dim() == 1 and len(kept) == len(train.labels) and not labels.is_floating_point()
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"--noise {args.noise}: allowed: a whole number from 0 to {classes - 1} for each of "
+            f"{args.datasets}'s training images"
+        )
+    if clean is not None and not torch.equal(clean[kept].to(train.labels), train.labels):
+        raise ValueError(
+            f"--noise {args.noise}: its clean_label are not {args.datasets}'s labels in this order"
+        )
+    return labels[kept].to(train.labels)
+
+
+def read_labels(source: str) -> tuple[Tensor, Tensor | None]:
+    """The labels in FILE.npy, FILE.pt or FILE.pt:KEY, and the right ones where it has these.
+
+    CIFAR-10N's file calls them clean_label. No code in the file is run. Raises ValueError.
+    """
+    file, key = LABEL_FILE.fullmatch(source).groups()
+    try:
+        if file.endswith(".npy"):
+            return torch.as_tensor(np.load(file)), None
+        with torch.serialization.safe_globals(NUMPY_ARRAYS):
+            held = torch.load(file, "cpu", weights_only=True)
+        if not isinstance(held, Mapping):
+            return torch.as_tensor(held), None
+        labels = {str(name): torch.as_tensor(values) for name, values in held.items()}
+    except Exception as error:  # numpy and torch raise any of half a dozen kinds
+        raise ValueError(f"--noise {file}: not readable as labels, {error}") from error
+    if key not in labels:
+        raise ValueError(f"--noise {file}: name the labels, {file}:KEY; it has {', '.join(labels)}")
+    return labels[key], labels.get("clean_label")
 
 
 def batch_sizes(n: int, size: int) -> list[int]:
@@ -418,10 +507,10 @@ def make_loader(
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """The data that the options name, with --corrupt of the training labels corrupted."""
+    """The data that the options name, with training labels as --corrupt and --noise make them."""
     train, test = read_splits(args)
     num_classes = len(train.classes)
-    labels = corrupt_labels(train.labels, args.corrupt, num_classes, args.randomseed)
+    labels = noisy_labels(args, train)
     wrong = int((labels != train.labels).sum())
     batch_size = args.batch_size * getattr(args, "accumulate", 1)
     seed = getattr(args, "train_seed", None)

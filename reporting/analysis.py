@@ -115,7 +115,7 @@ class Probe:
             raise ValueError(f"its network is {args.arch}; allow it: --arch {args.arch}")
         train, test = utils.read_splits(args)
         classes = len(train.classes)
-        labels = utils.corrupt_labels(train.labels, args.corrupt, classes, args.randomseed)
+        labels = utils.noisy_labels(args, train)
         random = utils.rng(args.randomseed, "report")
         which = random.permutation(len(labels))[:TRAINING_IMAGES]
         self.correct = labels[which] == train.labels[which]

@@ -137,6 +137,9 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     data = arguments["datasets"]
     if arguments["smalldatasets"]:
         data += f", {100 * arguments['smalldatasets']:g} % of the training images"
+    noise = Path(arguments.get("noise", "symmetric")).name  # earlier versions had no other
+    if noise != "symmetric":
+        data += f", {noise} labels"
     if arguments["pretrained"]:
         data += ", from pretrained weights"
     return Experiment(data, arguments["arch"], config["n"], float(arguments["corrupt"]))
@@ -248,7 +251,7 @@ def read_on_snapshots(directory: Path, trajectory: Result, digest: Callable) -> 
     """The run in a directory, and its trajectory at the last snapshot of a subspace run."""
     run = read_run(directory, trajectory)
     for name in EXPERIMENT:
-        if run.arguments[name] != trajectory.arguments[name]:
+        if run.arguments.get(name) != trajectory.arguments.get(name):
             raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")
     snapshots, start = run.config["samples"], run.arguments["start"]
     last = epoch_of(trajectory, snapshots[-1])
@@ -280,7 +283,7 @@ def continued(run: Result) -> Result | None:
     epoch = epoch_of(before, number)
     if abs(epoch - run.arguments["start_epoch"]) > 0.5:
         return None
-    if any(run.arguments[name] != before.arguments[name] for name in EXPERIMENT):
+    if any(run.arguments.get(name) != before.arguments.get(name) for name in EXPERIMENT):
         return None
     rows = [row for row in before.rows if row["epoch"] <= run.arguments["start_epoch"]]
     variant = {"start": number}

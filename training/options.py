@@ -13,6 +13,7 @@ from training.errors import InputError, accept_any_encoding, exit_with, handle, 
 
 GROUPS = ("data", "network", "training", "subspace", "run", "machine")  # of options, in --help
 DATASETS = ("digits", "CIFAR10", "CIFAR100", "MNIST", "ImageFolder", "ImageNet")
+NOISE = ("symmetric", "symmetric-other", "pair", "asymmetric")
 BASES = ("pca", "schmidt", "random", "walk")
 # The options of only some scripts, with what they are in the others: all know all of them.
 ONLY_IN = {
@@ -136,6 +137,13 @@ def basis(text: str) -> str:
     return one_of("basis", BASES, " or a file, .npz or .npy")(text)
 
 
+def noise(text: str) -> str:
+    """An argparse type: a kind of label noise, or the file that holds labels, FILE or FILE:KEY."""
+    if re.fullmatch(r".+\.(npy|pt)(:.+)?", text):
+        return str(path(text).absolute())
+    return one_of("noise", NOISE, " or a file, .npy, .pt or .pt:KEY")(text)
+
+
 def run_name(text: str) -> str:
     """An argparse type: a directory name that cannot lead out of --save-dir."""
     if re.fullmatch(r"[A-Za-z][\w.-]*", text):
@@ -208,7 +216,16 @@ def add_data_options(parser: Parser) -> None:
         type=fraction,
         metavar="C",
         default=0.0,
-        help="fraction of the training labels replaced by ones drawn uniformly over all classes",
+        help="fraction of the training labels replaced by others, as --noise says",
+    )
+    add(
+        "--noise",
+        type=noise,
+        metavar="KIND|FILE",
+        default="symmetric",
+        help="what they become: symmetric: drawn uniformly over all classes; symmetric-other: over "
+        "the other ones; pair: the next class; asymmetric: CIFAR-10's similar class; or, instead "
+        "of --corrupt, a file with all training labels, .npy, .pt or .pt:KEY",
     )
     add(
         "--smalldatasets",

@@ -18,10 +18,11 @@ from torch import nn
 from dldr.distributed import world_size
 from dldr.parameters import trainable
 from training.errors import InputError, blame
-from utils import PREPROCESSING, Data
+from training.options import NOISE
+from utils import PREPROCESSING, Data, share
 
 # The options that all runs on one trajectory share, and those that a resumed run has to keep.
-EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "randomseed", "smalldatasets")
+EXPERIMENT = ("arch", "datasets", "image_size", "corrupt", "noise", "randomseed", "smalldatasets")
 SUBSPACE = ("n_components", "params_start", "params_end", "params_stride", "basis", "start")
 SHARED = (*EXPERIMENT, *PREPROCESSING)
 RESUMED = (*SHARED, *SUBSPACE, "optimizer", "momentum", "weight_decay", "alpha", "gamma")
@@ -43,6 +44,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """What is in a config.json; InputError where it is none."""
     with blame(f"{file}: not readable", Exception):
         config = json.loads(file.read_text())
+        config["arguments"].setdefault("noise", "symmetric")  # all that earlier versions had
         config["arguments"]["data_dir"], config["sessions"][-1]["arguments"]["data_dir"]
         return config
 
@@ -137,7 +139,7 @@ def facts_of(
         "train_images": len(data.train),
         "test_images": len(data.test),
         "num_classes": data.num_classes,
-        "corrupted_labels": int(args.corrupt * len(data.train)),
+        "corrupted_labels": share(args.corrupt, len(data.train)),
         "wrong_labels": data.wrong_labels,
         "labels": label_digest(data),
     }
@@ -155,10 +157,12 @@ def facts_of(
 def summary_of(args: argparse.Namespace, facts: Mapping[str, Any], variant: str) -> str:
     """The facts in a line; `variant` says which of several networks of that name it is."""
     variant = f" ({variant})" if variant else ""
+    noise = f"{facts['corrupted_labels']:,} labels drawn at random"
+    if args.noise not in NOISE:
+        noise = f"labels of {Path(args.noise).name}"
     return (
         f"{facts['arch']}{variant}, {facts['n']:,} parameters; {facts['datasets']}, "
-        f"{facts['train_images']:,} training images ({facts['corrupted_labels']:,} labels drawn "
-        f"at random, {facts['wrong_labels']:,} wrong), "
+        f"{facts['train_images']:,} training images ({noise}, {facts['wrong_labels']:,} wrong), "
         f"{facts['test_images']:,} test images; {args.device}, "
         f"threads: {torch.get_num_threads()}, processes: {world_size()}"
     )

@@ -17,9 +17,9 @@ from training import distributed
 from training.distributed import restart_count
 from training.errors import InputError, blame
 from training.files import check_file, checkpoint_file, directory_with_k
-from training.options import BASES, Parser, one_of
+from training.options import BASES, NOISE, Parser, one_of
 from training.records import read_config, resumed_options, shared_options
-from utils import DATASETS
+from utils import DATASETS, LABEL_FILE
 
 
 def parse_args(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -136,6 +136,12 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise InputError("--evaluate: with --resume or --pretrained, not with both")
     check_file("--pretrained", args.pretrained)
     check_file("--resume", args.resume)
+    if args.noise not in NOISE:
+        check_file("--noise", Path(LABEL_FILE.fullmatch(args.noise)[1]))
+        if args.corrupt:
+            raise InputError(
+                "--corrupt: not with the labels of a --noise FILE; allowed: one of them"
+            )
     if args.basis and args.basis not in BASES:
         check_file("--basis", Path(args.basis))
     if ":" in args.arch:
