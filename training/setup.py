@@ -53,15 +53,15 @@ def given_options(parser: Parser, args: argparse.Namespace, argv: Sequence[str] 
 
 def take_from_records(args: argparse.Namespace) -> None:
     """Take what the command does not give from the trajectory, and from the run it continues."""
+    file = checkpoint_file(args)
+    if args.evaluate and not args.pretrained:
+        file = file or args.directory / "model.th"
 
     def read() -> dict[str, Any]:
         recorded, trajectory = {}, args.save_dir / "config.json"
         if (args.basis or args.average) and trajectory.exists():
             with blame("--save-dir"):
                 recorded |= shared_options(trajectory)
-        file = checkpoint_file(args)
-        if args.evaluate and not args.pretrained:
-            file = file or args.directory / "model.th"
         if file and file.exists() and (file.parent / "config.json").exists():
             recorded |= resumed_options(file.parent / "config.json")
         return recorded
