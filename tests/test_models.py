@@ -1,6 +1,7 @@
 """Networks. Oracles: published sizes, torchvision's own constructors, what one network computes."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,7 +191,8 @@ def test_a_search_sees_one_draw(arch):
     optimizer = Looking([subspace.coordinates])
     for _ in range(2):
         torch.manual_seed(len(found))  # as the epoch loop does before each batch
-        batch = train_pbfgs.Batch(args, subspace, images, labels, 1.0)
+        run = SimpleNamespace(args=args, weight=1.0)
+        batch = train_pbfgs.Batch(run, subspace, images, labels)
         _, _, start = batch.backward()
         optimizer.step(batch.evaluate, start)
     for losses in found:
