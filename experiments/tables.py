@@ -8,6 +8,7 @@ NAME.json is the results.json of the report of experiment NAME. A table stands b
 
 import json
 import re
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -101,19 +102,15 @@ def walk_table() -> str:
 
 
 def levels_table(column: str) -> str:
-    """Digits: a column of each method's row at all levels of noise."""
+    """Digits: a column of the rows that are there at all levels of noise."""
     levels = (0.0, 0.2, 0.4, 0.6, 0.8) if column == "final" else (0.2, 0.4, 0.6, 0.8)
-    columns = {f"c = {c:g}": rows_of("digits-full", c) for c in levels}
-    table = []
-    for name in ROWS:
-        cells = {
-            c: report_tables.mean_std(rows[name][column], 2)
-            for c, rows in columns.items()
-            if name in rows
-        }
-        if cells:
-            table.append({"": name.replace("epoch T", "epoch 30")} | cells)
-    return report_tables.markdown(table)
+    by_title = defaultdict(dict)
+    for row in sorted(measured("digits-full")["results"], key=lambda row: row["noise"]):
+        if row["noise"] in levels and not row["run"]:
+            title = row["title"].removesuffix(", BN update")
+            by_title[title][f"c = {row['noise']:g}"] = report_tables.mean_std(row[column], 2)
+    complete = {title: cells for title, cells in by_title.items() if len(cells) == len(levels)}
+    return report_tables.markdown([{"": title} | cells for title, cells in complete.items()])
 
 
 def experiment_tables(name: str) -> str:
