@@ -293,10 +293,10 @@ def directory_with_k(args: argparse.Namespace, directory: Path) -> Path:
 def checkpoint_file(args: argparse.Namespace) -> Path | None:
     """The file that the options say to resume from; None to start afresh."""
     own = args.directory / "checkpoint.pt"
-    if args.resume is True or (restart_count() and own.exists()):
-        # After a restart the run's own is further than the one it began with.
-        return own if on_rank0(own.exists) else None
-    return args.resume
+    # After a restart the run's own is further than the one it began with.
+    if (args.resume is True or restart_count()) and on_rank0(own.exists):
+        return own
+    return None if args.resume is True else args.resume
 
 
 def is_within(file: Path | None, directory: Path) -> bool:
