@@ -10,6 +10,7 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -109,7 +110,7 @@ class Case:
     def pbfgs(self) -> None:
         subspace, pbfgs = self.for_pbfgs
         subspace.zero_grad()
-        batch = Batch(self.args, subspace, *self.batch, 1.0)
+        batch = Batch(SimpleNamespace(args=self.args, weight=1.0), subspace, *self.batch)
         _, _, start = batch.backward()
         self.trials.append(1 + pbfgs.step(batch.evaluate, start))
 

@@ -19,7 +19,8 @@ ARGS = argparse.Namespace(batch_size=16, half=False, weight_decay=0.0)
 def take_step(subspace, optimizer, images, labels, residual=None, args=ARGS):
     """A step of train_pbfgs.main: its loss, logits and rejected trials."""
     subspace.zero_grad()
-    batch = Batch(args, subspace, images, labels, 1.0)
+    run = argparse.Namespace(args=args, weight=1.0)
+    batch = Batch(run, subspace, images, labels)
     loss, logits, start = batch.backward()
     trials = optimizer.step(batch.evaluate, start)
     if residual:

@@ -1,5 +1,6 @@
 """The scripts end to end on digits. Oracles: unbroken runs, torch.load, files compared by value."""
 
+import argparse
 import contextlib
 import copy as copy_module
 import fcntl
@@ -292,7 +293,7 @@ def test_optimizers_are_torch_s(name):
         ("sgd", "ImageNet", 0.1, [30, 60, 90]),
     ],
 )
-def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch, tmp_path):
+def test_published_schedules(optimizer, datasets, lr, milestones, patch, tmp_path):
     """What the options leave open is decided as published, before any data is read."""
     seen = {}
 
@@ -300,7 +301,7 @@ def test_published_schedules(optimizer, datasets, lr, milestones, monkeypatch, t
         seen.update(vars(args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_sgd, "load_data", stop)
+    patch("load_data", stop)
     with pytest.raises(KeyboardInterrupt):
         argv = ["--optimizer", optimizer, "--datasets", datasets, "--save-dir", str(tmp_path)]
         train_sgd.main(argv)
@@ -419,7 +420,7 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
     model = models.build("resnet8", 10)
     training.network.copy_into(model, load_state_dict(sampled / "6.pt"))
     subspace = models.Subspace(model, torch.nn.functional.normalize(torch.randn(1, 75290)))
-    args = train_pbfgs.argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
+    args = argparse.Namespace(batch_size=64, half=True, weight_decay=0.0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
     compared = []
 
@@ -428,7 +429,8 @@ def test_half_leaves_the_compared_losses_to_float32(sampled, monkeypatch):
             compared.extend([loss, evaluate()])
             return super().step(evaluate, loss)
 
-    batch = train_pbfgs.Batch(args, subspace.train(), images, labels, 1.0)
+    run = argparse.Namespace(args=args, weight=1.0)
+    batch = train_pbfgs.Batch(run, subspace.train(), images, labels)
     with train_pbfgs.frozen_buffers(model), torch.no_grad():
         full, _ = training.losses.cross_entropy(subspace, images, labels, half=False)
     _, _, start = batch.backward()
@@ -480,8 +482,8 @@ def test_imagenet_has_30_trials(monkeypatch, tmp_path):
     """As published; seen where the optimizer is made, after a loading that is stubbed out."""
     linear = torch.nn.Linear(2, 2)
     found = training.subspaces.Basis(torch.eye(6)[:2], torch.ones(2), "")
-    results = {"load_subspace_samples": [], "load_data": None, "build_model": linear}
-    for name, result in (results | {"load_start": None, "find_basis": found}).items():
+    results = {"load_subspace_samples": [], "build_model": linear, "find_basis": found}
+    for name, result in (results | {"load_start": None}).items():
         monkeypatch.setattr(train_pbfgs, name, lambda *args, result=result: result)
 
     class StopError(Exception):
@@ -490,10 +492,13 @@ def test_imagenet_has_30_trials(monkeypatch, tmp_path):
     def stop(self, data, model, optimizer, basis):
         raise StopError(optimizer.defaults["max_trials"])
 
+    monkeypatch.setattr(training.run.Run, "load_data", lambda run: None)
     monkeypatch.setattr(training.run.Run, "start", stop)
+    (tmp_path / "0.pt").touch()
     for datasets, trials in (("ImageNet", "30"), ("CIFAR10", "20")):
+        argv = ["--datasets", datasets, "--params_end", "1", "--save-dir", str(tmp_path)]
         with pytest.raises(StopError, match=trials):
-            train_pbfgs.main(["--datasets", datasets, "--save-dir", str(tmp_path)])
+            train_pbfgs.main(argv)
 
 
 def test_networks_with_a_version_load(tmp_path):
@@ -668,7 +673,7 @@ def test_samples_are_taken_every_so_many_steps(tmp_path, undrawn):
     assert [row["total epochs"] for row in rows] == [2, 3], "the last sample took part of epoch 2"
 
 
-def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path, patch):
     options = [*DIGITS, "--epochs", "2", "--sample-every", "4", "--save-dir"]
     train_sgd.main([*options, str(tmp_path / "whole")])
     plain, calls = training.losses.cross_entropy, iter(range(10**6))
@@ -678,9 +683,10 @@ def test_a_run_that_samples_by_steps_resumes_in_the_middle_of_an_epoch(tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_sgd, "cross_entropy", interrupting)
+    patch("cross_entropy", interrupting)
+    with pytest.raises(SystemExit):
         train_sgd.main([*options, str(tmp_path / "broken")])
+    patch("cross_entropy", plain)
     assert not (tmp_path / "broken" / "1.pt").exists()
     train_sgd.main([*options, str(tmp_path / "broken"), "--resume"])
     whole, broken = (utils.load_samples(tmp_path / name, 0, 4) for name in ("whole", "broken"))
