@@ -249,7 +249,7 @@ def test_statistics_are_recomputed_without_a_sync(trajectory):
     training.network.count_on_host(model)
     batches = [torch.randn(8, 3, 8, 8).to(NAME) for _ in range(3)]
     with recorded() as events:
-        training.losses.recompute_statistics(model, batches)
+        training.losses.recompute_statistics(model, batches, False)
     assert {event.kind for event in events} == {"launch"}
 
 

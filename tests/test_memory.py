@@ -42,13 +42,13 @@ def test_statistics_are_recomputed_in_batches_of_the_size_asked_for(copy, patch)
     """Not of all the batches of a step, which would be the largest forward pass there is."""
     sizes, recompute = [], None
 
-    def spy(model, batches):
+    def spy(model, batches, half):
         def counted():
             for images in batches:
                 sizes.append(len(images))
                 yield images
 
-        recompute(model, counted())
+        recompute(model, counted(), half)
 
     recompute = train_sgd.recompute_statistics
     patch("recompute_statistics", spy)

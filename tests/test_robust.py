@@ -159,9 +159,9 @@ def test_an_average_can_be_stopped_and_resumed(sampled, tmp_path, patch, monkeyp
     train_sgd.main([*argv, str(tmp_path / "whole")])
     cross_entropy, recompute = training.losses.cross_entropy, training.losses.recompute_statistics
 
-    def interrupted(model, batches):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        recompute(model, batches)
+        recompute(*args)
 
     with pytest.raises(SystemExit) as exit, monkeypatch.context() as context:
         context.setattr(train_sgd, "recompute_statistics", interrupted)
@@ -266,7 +266,7 @@ def test_the_chain_ends_with_its_script(tmp_path):
     """Ctrl-C goes to run.sh and all it started: the script's last line is seen, nothing follows."""
     for file in (ROOT / "run.sh", ROOT / "requirements.txt", *ROOT.glob("*.py")):
         shutil.copy(file, tmp_path)
-    for name in ("models", "experiments"):
+    for name in ("dldr", "experiments", "models", "training"):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
