@@ -167,7 +167,7 @@ def test_streamed_images(workers, tmp_path):
 
 
 def test_the_report(places, monkeypatch, tmp_path):
-    """Its table and what its pictures show; the loss landscape is one transfer."""
+    """Its table and what its figures show; the loss landscape is one transfer."""
     save_dir, shown = places["cpu"], []
     call(train_psgd, save_dir, "cpu")
     monkeypatch.setattr(reporting.plots, "image", lambda figure, kind: b"")
@@ -181,7 +181,7 @@ def test_the_report(places, monkeypatch, tmp_path):
             options = ["--device", device, "--out", str(tmp_path / "out")]
             shown.append(report.main([str(save_dir), *options]))
     half = len(shown) // 2
-    assert half == 2
+    assert half == 3, "the table, the landscape and its narrow version"
     assert str(shown[:half]) == str(shown[half:])
     lines, first = inspect.getsourcelines(reporting.analysis.loss_on)
     where = {f"reporting/analysis.py:{number}" for number in range(first, first + len(lines))}

@@ -262,7 +262,7 @@ def test_report_does_not_mix_experiments(sampled, tmp_path, capsys):
     PSGD.main([*options, "--params_end", "4", "--n_components", "3", "--epochs", "1"])
     SGD.main([*options, "--epochs", "1", "--corrupt", "0.5", "--overwrite"])
     table = report.main([str(run), "--no-data", "--out", str(tmp_path / "out")])
-    assert [row["method"] for row in table] == ["SGD"]
+    assert [row["title"] for row in table] == ["SGD"]
     assert "psgd: not of the experiment" in capsys.readouterr().err
 
 
