@@ -43,9 +43,10 @@ def curves_figure(
 
 def not_drawn(runs: Sequence[Result]) -> str:
     """A sentence that names the runs that are in the table only; empty where there are none."""
-    drawn = {run.title for run in one_per_name(runs)}
-    others = [run.title for run in runs if run.title not in drawn and run.kind != "partial"]
-    return f" Not drawn: {', '.join(dict.fromkeys(others))}." if others else ""
+    drawn = one_per_name(runs)
+    others = [run for run in runs if run not in drawn and run.kind != "partial"]
+    titles = [run.title if run.run else f"{run.title} with k = {run.k}" for run in others]
+    return f" Not drawn: {', '.join(dict.fromkeys(titles))}." if titles else ""
 
 
 # ------------------------------------------------------------- final accuracy against a setting
@@ -80,6 +81,7 @@ def sweeps(runs: Sequence[Result], at: Callable, fixed: Callable) -> Iterator[Sw
     They are compared with ordinary training, and with the average of the later half of the
     snapshots: by how many of these there are, where that differs.
     """
+    runs = sorted(runs, key=lambda r: r.experiment.noise)
     alike = grouped(
         [result for result in runs if result.kind == "subspace"],
         lambda r: (r.name, r.epochs, fixed(r), str(r.settings() | {"params_end": None})),

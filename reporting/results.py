@@ -24,9 +24,8 @@ SETTINGS = ("lr", "momentum", "milestones", "schedule", "weight_decay", "batch_s
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
 SETTINGS += ("image_size", *PREPROCESSING)
 CHANGES = (*SETTINGS, "epochs", "device")  # of these a resumed run's report says that they changed
-# Methods and optimizers; others go by the name that their script recorded.
-NAMES = {"average": "weight average", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", None: "SGD"}
+# Methods go by the name that their script recorded, except these.
+NAMES = {"average": "weight average", "pbfgs": "P-BFGS"}
 
 
 class Experiment(NamedTuple):
@@ -68,7 +67,7 @@ class Result:
         self.arguments = self.config["arguments"]
         self.trajectory = self.trajectory or self
         self.experiment = experiment_of(self.trajectory.config)
-        self.seed = self.trajectory.arguments["randomseed"]
+        self.seed = seed_of(self.trajectory.arguments, self.arguments)
         self.method = self.method or method_of(self.config)
         self.variant = variant_of(self.config) if self.variant is None else self.variant
         self.k = 0 if self.kind == "average" else self.config.get("k", "n")
@@ -145,24 +144,21 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     return Experiment(data, arguments["arch"], config["n"], float(arguments["corrupt"]))
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    """The kind of a run: all that has a basis trained in a subspace."""
-    if "kind" in config:
-        return config["kind"]
-    if config["arguments"]["basis"]:
-        return "subspace"
-    return "average" if config["method"] == "average" else "full"
+def seed_of(trajectory: Mapping[str, Any], arguments: Mapping[str, Any]) -> int | str:
+    """The seed of a run on a trajectory; "1/2" where it has --train-seed 2."""
+    seeds = (trajectory["randomseed"], trajectory["train_seed"], arguments["train_seed"])
+    distinct = list(dict.fromkeys(seed for seed in seeds if seed is not None))
+    return distinct[0] if len(distinct) == 1 else "/".join(map(str, distinct))
 
 
 def method_of(config: Mapping[str, Any]) -> str:
     """The method of a run: its script's, and its optimizer's name where that decides."""
-    method, arguments = config["method"], config["arguments"]
-    optimizer = config.get("optimizer") or OPTIMIZERS[arguments["optimizer"]]
+    method = config["method"]
     if method == "sgd":
-        return optimizer
+        return config["optimizer"]
     if method == "psgd":
-        return f"P-{optimizer}"
-    if method == "pbfgs" and arguments["alpha"]:
+        return f"P-{config['optimizer']}"
+    if method == "pbfgs" and config["arguments"]["alpha"]:
         return "P+-BFGS"
     return NAMES.get(method, method)
 
@@ -227,7 +223,7 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
         raise ValueError("there is no config.json; a report is of directories that a run has made")
     config = json.loads((directory / "config.json").read_text())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    kind = kind_of(config)
+    kind = config["kind"]
     if trajectory is None and kind != "full":
         raise ValueError(f"a run on the snapshots of a save dir; give that one: {directory.parent}")
     if trajectory is not None and kind == "full":
@@ -352,12 +348,12 @@ def mismatch(result: Result, seeds: Iterable[Result]) -> str | None:
 
 
 def one_per_name(results: Iterable[Result]) -> list[Result]:
-    """A run of each method, variant and trajectory: the one without a --run name, else the first.
+    """A run of each method, variant and seed: in the method's directory, else the first.
 
     A trajectory up to a snapshot is part of the whole one, and left out.
     """
-    ordered = sorted(results, key=lambda result: result.run or "")
-    runs = grouped(ordered, lambda result: (result.trajectory.directory, result.name))
+    ordered = sorted(results, key=lambda r: (r.run or "", len(r.directory.name)))
+    runs = grouped(ordered, lambda r: (r.trajectory.directory, r.seed, r.name))
     return [alike[0] for alike in runs.values() if alike[0].kind != "partial"]
 
 

@@ -78,7 +78,7 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
     """Title and tables of each experiment from rows of results.json, the least noise first."""
     parts = grouped(table, lambda row: Experiment(*(row[name] for name in Experiment._fields)))
     for experiment, rows in parts.items():
-        seeds = sorted({seed for row in rows for seed in row["seeds"]})
+        seeds = sorted({seed for row in rows for seed in row["seeds"]}, key=seed_order)
         title = f"{experiment}; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         parts[experiment] = {
             "title": title,
@@ -88,6 +88,11 @@ def sections(table: Iterable[dict]) -> dict[Experiment, dict]:
             "messages": messages(rows),
         }
     return dict(sorted(parts.items()))
+
+
+def seed_order(seed: int | str) -> list[int]:
+    """By what seeds are sorted: 2, 10 and 10/3."""
+    return [int(part) for part in str(seed).split("/")]
 
 
 def results_table(rows: Sequence[dict]) -> list[dict]:

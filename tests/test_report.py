@@ -347,7 +347,8 @@ def test_accuracy_against_k_and_sampled_epochs(sampled, tmp_path):
     assert pictures == {"dimensions_1_1.png", "samples_1_1.png"}
     variances = {r.k: r.variance for r in runs if r.kind == "subspace" and len(r.sampled) == 6}
     ratios = dldr.spectrum(utils.load_samples(save_dir, 0, 7))
-    assert variances == pytest.approx({k: 100 * ratios[:k].sum() for k in (2, 4, 6)}, rel=1e-5)
+    shares = {k: 100 * float(ratios[:k].sum()) for k in (2, 4, 6)}
+    assert variances == pytest.approx(shares, rel=1e-5)
 
 
 def test_the_page_explains_itself(made):

@@ -60,6 +60,7 @@ def rewrite(file, **values):
         ({}, "P-SGD", "P-SGD, random basis"),
         ({"optimizer": "Adam"}, "P-Adam", "P-Adam, random basis"),
         ({"method": "lbfgs"}, "lbfgs", "lbfgs, random basis"),
+        ({"train_seed": 5}, "P-SGD", "P-SGD, random basis"),
         ({"start": "mean"}, "P-SGD", "P-SGD, random basis, from mean"),
         ({"bn_update": True}, "P-SGD", "P-SGD, random basis, BN update"),
     ],
@@ -71,6 +72,7 @@ def test_a_run_is_reported_as_what_its_records_say(recorded, method, name, run, 
     (row,) = (row for row in tables.tabulate(results.read([copy], [])) if name == row["title"])
     expected = {"basis": "random"} | {k: v for k, v in recorded.items() if k in row["variant"]}
     assert (row["kind"], row["method"], row["variant"]) == ("subspace", method, expected)
+    assert row["seeds"] == (["1/5"] if "train_seed" in recorded else [1])
 
 
 def test_names_of_runs_are_records_of_their_own(out):
