@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 import models
 import utils
-from dldr import Subspace, average, landscape, pca, random_walk_spectrum, trainable
-from dldr.pca import centered, gram_matrix, principal_axes, step_lengths, with_names
+from dldr import Subspace, average, landscape, pca, trainable
+from dldr.pca import centered, gram_matrix, with_names
 from dldr.trajectory import load_samples, load_state_dict, snapshot_numbers
 from reporting.results import Experiment, Result, grouped, one_per_name, skipping
+from reporting.trajectories import Trajectory
 from training.losses import cross_entropy, evaluate
 from training.network import copy_into, load_weights, renamed
 from training.records import sample_range
@@ -48,31 +49,24 @@ class Measured:
 
 
 class Gram:
-    """The snapshots of a trajectory as their Gram matrix: read once, for the spectra of any."""
+    """The Gram matrix of a trajectory's snapshots, read once: any of them are in it."""
 
     def __init__(self, directory: Path, numbers: Sequence[int]) -> None:
         """Raises ValueError for snapshots that have no common parameters, or are not finite."""
         snapshots = [load_samples(directory, number, number + 1)[0] for number in numbers]
+        snapshots, names = with_names(snapshots, None)
         self.row = {number: row for row, number in enumerate(numbers)}
-        self.matrix = gram_matrix(*with_names(snapshots, None))
+        self.n = sum(snapshots[0][name].numel() for name in names)
+        self.matrix = gram_matrix(snapshots, names)
 
     def has(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these snapshots have been read."""
-        return self.row.keys() >= set(numbers)
+        """Whether these are three snapshots or more, and all have been read."""
+        return len(numbers) > 2 and self.row.keys() >= set(numbers)
 
-    def spectra(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`dldr.spectrum` of T snapshots, and that of a random walk with their steps, (T − 1,).
-
-        Raises ValueError where the snapshots are all the same.
-        """
+    def trajectory(self, numbers: Sequence[int]) -> Trajectory:
+        """These snapshots; ValueError where they are all the same."""
         rows = [self.row[number] for number in numbers]
-        gram = self.matrix[rows][:, rows]
-        steps = step_lengths(gram)
-        if not steps.any():
-            raise ValueError("the snapshots are all the same")
-        variances, _ = principal_axes(centered(gram))
-        variances = variances.clamp(min=0)
-        return (variances / variances.sum())[:-1], random_walk_spectrum(steps)
+        return Trajectory(centered(self.matrix[rows][:, rows]), self.n)
 
 
 def read_snapshots(results: Sequence[Result], problems: list[str]) -> dict[Path, Gram]:
@@ -86,8 +80,7 @@ def read_snapshots(results: Sequence[Result], problems: list[str]) -> dict[Path,
             gram = Gram(directory, sorted(used.intersection(snapshot_numbers(directory))))
             for run in explained:
                 if gram.has(run.config["samples"]):
-                    _, walk = gram.spectra(run.config["samples"])
-                    run.walk = 100 * float(walk[: run.k].sum())
+                    run.walk = 100 * gram.trajectory(run.config["samples"]).walk.explained(run.k)
             grams[directory] = gram
     return grams
 

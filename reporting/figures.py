@@ -197,7 +197,7 @@ def figures_of(
     on_it = [r for r in runs if r.trajectory.directory == trajectory.directory]
     gram, numbers = measured.grams.get(trajectory.directory), analysis.shown_snapshots(on_it)
     seed = f" (seed {trajectory.seed})" if several else ""
-    if gram and gram.has(numbers) and len(numbers) > 2:
+    if gram and gram.has(numbers):
         with skipping(problems, f"{trajectory.directory}: principal components and landscape"):
             yield variance_figure(f"{name}_variance", gram, numbers, on_it, seed)
             if probe and measured.grid:
@@ -215,7 +215,8 @@ def variance_figure(
     name: str, gram: analysis.Gram, numbers: Sequence[int], runs: Sequence[Result], seed: str
 ) -> Figure:
     """The figure of the principal components of snapshots, beside those of a random walk."""
-    explained, walk = (shares.numpy() for shares in gram.spectra(numbers))
+    trajectory = gram.trajectory(numbers)
+    explained, walk = trajectory.shares.numpy(), trajectory.walk.shares.numpy()
     by_pca = [run for run in one_per_name(runs) if run.arguments["basis"] == "pca"]
     used = sorted({run.k for run in by_pca})
     caption = (

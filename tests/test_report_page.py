@@ -126,17 +126,17 @@ def test_the_walk_is_that_of_the_snapshots_in_use(run):
     gram = analysis.Gram(run, range(7))
     for numbers in (range(7), range(1, 6, 2)):
         chosen = [dldr.trajectory.load_samples(run, number, number + 1)[0] for number in numbers]
-        explained, walk = gram.spectra(numbers)
+        trajectory = gram.trajectory(numbers)
         names = dldr.parameters.parameter_names(chosen[0])
         vectors = torch.stack([torch.cat([s[n].flatten() for n in names]) for s in chosen])
         lengths = vectors.double().diff(dim=0).norm(dim=1)
-        torch.testing.assert_close(explained, dldr.spectrum(chosen))
-        torch.testing.assert_close(walk, dldr.random_walk_spectrum(lengths))
+        torch.testing.assert_close(trajectory.shares, dldr.spectrum(chosen))
+        torch.testing.assert_close(trajectory.walk.shares, dldr.random_walk_spectrum(lengths))
 
 
 def test_the_variance_has_its_walk_beside_it(run, out):
     """Oracle: that of the test above, for k components; a random basis has neither."""
-    _, walk = analysis.Gram(run, range(7)).spectra(range(7))
+    walk = analysis.Gram(run, range(7)).trajectory(range(7)).walk.shares
     table = json.loads((out / "results.json").read_text())["results"]
     for row in [row for row in table if row["kind"] == "subspace" and not row["variant"]]:
         assert row["walk"] == pytest.approx([100 * float(walk[: row["k"]].sum())], abs=1e-3)
