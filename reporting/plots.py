@@ -1,4 +1,4 @@
-"""Draws the figures of the report. It is given numbers, and knows nothing of runs and files."""
+"""Draws the figures of the report. It takes numbers, and knows nothing of runs and files."""
 
 import io
 import textwrap
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -15,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import offset_copy
 
-# Color and marker of a method; the color-blind can tell Okabe and Ito's colors apart.
+# Color and marker of a method; the color-blind distinguish Okabe and Ito's colors.
 METHODS = {
     "SGD": ("#000000", "o"),
     "P-SGD": ("#0072B2", "^"),
@@ -41,9 +42,9 @@ NARROW = 4.5  # inches, of a figure for narrow pages
 
 def styles(methods: Mapping[str, str]) -> Styles:
     """How each run is drawn, no two alike, given its method: keywords of `Axes.plot`."""
-    looks, variants, drawn = dict(METHODS), Counter(), {}
+    marks, variants, drawn = dict(METHODS), Counter(), {}
     for name, method in methods.items():
-        color, marker = looks.setdefault(method, OTHERS[len(looks) % len(OTHERS)])
+        color, marker = marks.setdefault(method, OTHERS[len(marks) % len(OTHERS)])
         drawn[name] = {"color": color, "marker": marker, "markerfacecoloralt": "white"}
         drawn[name]["linestyle"] = LINES[variants[method] % len(LINES)]
         drawn[name]["fillstyle"] = FILLS[variants[method] % len(FILLS)]
@@ -54,7 +55,10 @@ def styles(methods: Mapping[str, str]) -> Styles:
 def image(figure: Figure, kind: str) -> bytes:
     """The figure as a file, "png", "svg" or "pdf"."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=150, bbox_inches="tight")
+    # Without dates and random names, so that the same report is the same files.
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with matplotlib.rc_context({"svg.hashsalt": "report", "pdf.fonttype": 42}):
+        figure.savefig(stream, format=kind, dpi=150, bbox_inches="tight", metadata=dates.get(kind))
     return stream.getvalue()
 
 

@@ -56,7 +56,7 @@ def runs(sampled, tmp_path_factory):
         lines = [json.dumps(row | {"test_acc": 50.0 + row["epoch"]}) + "\n" for row in rows]
         file.write_text("".join(lines))
     for file in root.glob("two/**/config.json"):
-        file.write_text(file.read_text().replace('"randomseed": 1', '"randomseed": 2'))
+        file.write_text(re.sub(r'("(randomseed|train_seed)": )1', r"\g<1>2", file.read_text()))
     return root
 
 
@@ -339,9 +339,8 @@ def test_accuracy_against_k_and_sampled_epochs(sampled, tmp_path):
     by_length = shown(lambda r: len(r.sampled), lambda r: r.k)
     assert by_length == ({"P-SGD, c = 0": own} | means, sgd)
     by_dimension = shown(lambda r: r.k, lambda r: len(r.sampled))
-    assert by_dimension == (
-        {"P-SGD, c = 0": by_k}, sgd | {"weight average, c = 0": [averages[6]]}
-    )  # fmt: skip
+    average = {"weight average, c = 0": [averages[6]]}
+    assert by_dimension == ({"P-SGD, c = 0": by_k}, sgd | average)
     report.main([str(save_dir), "--no-data", "--out", str(tmp_path / "out")])
     pictures = {path.name for path in tmp_path.glob("out/*_1_1.png")}
     assert pictures == {"dimensions_1_1.png", "samples_1_1.png"}

@@ -78,9 +78,8 @@ def test_a_run_is_reported_as_what_its_records_say(recorded, method, name, run, 
 def test_names_of_runs_are_records_of_their_own(out):
     """Oracle: --run as it was given above."""
     table = json.loads((out / "results.json").read_text())["results"]
-    assert {row["run"]: row["k"] for row in table if row["run"]} == {
-        "psgd_k2": 2, "psgd_k3": 3, "psgd_k5": 5
-    }  # fmt: skip
+    dimensions = {row["run"]: row["k"] for row in table if row["run"]}
+    assert dimensions == {"psgd_k2": 2, "psgd_k3": 3, "psgd_k5": 5}
     (average,) = (row for row in table if row["kind"] == "average")
     assert (average["method"], average["variant"]) == ("weight average", {"snapshots": [4, 6]})
 
@@ -92,9 +91,8 @@ def test_training_that_goes_on_from_a_snapshot_between_epochs(tmp_path):
     start = ["--pretrained", str(save_dir / "6.pt"), "--start-epoch", "2", "--epochs", "3"]
     train_sgd.main([*DIGITS, *start, "--save-dir", str(further)])
     _, row = tables.tabulate(results.read([save_dir, further], []))
-    assert (row["kind"], row["variant"], row["title"]) == (
-        "continued", {"start": 6}, "SGD, from snapshot 6"
-    )  # fmt: skip
+    assert (row["kind"], row["variant"]) == ("continued", {"start": 6})
+    assert row["title"] == "SGD, from snapshot 6"
     assert (row["epochs"], row["total epochs"]) == (1, 3)
 
 
@@ -177,6 +175,14 @@ def test_accuracy_against_k_has_sgd_and_the_average_as_lines(run):
     drawn = plots.against("k", sweep.series, sweep.styles, sweep.levels, "log")
     heights = {line.get_label(): line.get_ydata()[0] for line in drawn.axes[0].lines}
     assert {name: heights[name] for name in finals} == finals
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_the_same_figure_is_the_same_file(kind):
+    """Oracle: a second drawing of it."""
+    styles = plots.styles({"P-SGD": "P-SGD"})
+    one, other = (plots.against("k", {"P-SGD": {2: [50.0]}}, styles) for _ in range(2))
+    assert plots.image(one, kind) == plots.image(other, kind)
 
 
 def test_named_runs_are_drawn_or_named(out):
