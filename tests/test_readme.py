@@ -49,6 +49,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors
 
 
+@pytest.mark.slow
 def test_own_network_of_the_readme(tmp_path, monkeypatch):
     """Its file and its commands, with fewer epochs."""
     file, _ = code_blocks(README, "python")
