@@ -8,8 +8,6 @@ FILES are files of snapshots, folders of them, or quoted globs. No network is ne
 import argparse
 import json
 import re
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,18 +74,14 @@ from reporting.trajectories import (
     spanned,
 )
 from reporting.trajectory_figures import angles_figure, figures_of
-from training.errors import InputError, blame, entry_point
+from training.errors import InputError, blame, entry_point, warnings_told
 from training.files import save
 
 
 def load(args: argparse.Namespace, files: Sequence[str]) -> list[Snapshot]:
     """The snapshots in files; what is left out of them is told."""
-    with blame(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        snapshots = load_trajectory(files, key=args.key, prefix=args.prefix)
-    for warning in caught:
-        print(f"trajectory.py: {warning.message}", file=sys.stderr)
-    return snapshots
+    with blame(), warnings_told():
+        return load_trajectory(files, key=args.key, prefix=args.prefix)
 
 
 def choose_names(args: argparse.Namespace, snapshot: Snapshot) -> list[str]:

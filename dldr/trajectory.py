@@ -55,7 +55,7 @@ def load_trajectory(
     most of them (last.ckpt beside epoch_1.ckpt, …) are left out with a warning. Raises ValueError
     in one line for what cannot be read, and where it is not clear what to take.
     """
-    paths = in_order(list(paths_of(source)), listed=not isinstance(source, (str, PathLike)))
+    paths = find_snapshots(source)
     return [load_snapshot(path, key=key, prefix=prefix, model=model) for path in paths]
 
 
@@ -63,29 +63,28 @@ def load_snapshot(
     path: Path, *, key: str | None = None, prefix: str = "", model: nn.Module | None = None
 ) -> Snapshot:
     """One snapshot, a file or a folder of one: see `load_trajectory`."""
-    parts, states = weights_in(path) if path.is_dir() else [path], {}
-    for part in parts:
-        for name, state in read_states(part, mmap=True).items():
-            states.setdefault(name, {}).update(state)
-    try:
-        snapshot = Snapshot(choose(states, key, prefix, model))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    snapshot.file, snapshot.parts = path, parts
+    snapshot = Snapshot(load_state_dict(path, key=key, prefix=prefix, model=model, mmap=True))
+    snapshot.file, snapshot.parts = path, parts_of(path)
     return snapshot
 
 
-def load_state_dict(file: Path, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The weights in a file, under `state_dict` where there are several; under a model's names.
-
-    Raises ValueError where it holds none, or not those of the model.
-    """
-    states = read_states(file)
-    key = "state_dict" if "state_dict" in states else None
+def load_state_dict(
+    path: Path,
+    *,
+    key: str | None = None,
+    prefix: str = "",
+    model: nn.Module | None = None,
+    mmap: bool = False,
+) -> dict[str, Tensor]:
+    """The weights in a file or a folder of one snapshot, see `load_trajectory`, in memory."""
+    states: dict[str, dict] = {}
+    for part in parts_of(path):
+        for name, state in read_states(part, mmap).items():
+            states.setdefault(name, {}).update(state)
     try:
-        return choose(states, key, "", model)
+        return choose(states, key, prefix, model)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 # ----------------------------------------------------------------------- which weights are meant
@@ -99,12 +98,29 @@ def choose(
         if key not in states:
             raise ValueError(f"no weights under the key {key}; allowed: {called(states)}")
         states = {key: states[key]}
-    states = {name: without(prefix, clean(state)) for name, state in states.items()}
+    states = distinct({name: without(prefix, clean(state)) for name, state in states.items()})
     if model is not None:
         return fitting(states, model)
     if len(states) > 1:
         raise ValueError(f"several weights; allowed as key: {called(states)}")
     return next(iter(states.values()))
+
+
+def distinct(states: Mapping[str, dict]) -> dict[str, dict]:
+    """The state dicts without copies of each other."""
+    kept: dict[str, dict] = {}
+    for key, state in states.items():
+        if not any(is_equal(state, other) for other in kept.values()):
+            kept[key] = state
+    return kept
+
+
+def is_equal(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two state dicts have the same names and tensors."""
+    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
+    return state.keys() == other.keys() and all(
+        torch.equal(state[name], other[name]) for name in tensors
+    )
 
 
 def called(keys: Iterable[str]) -> str:
@@ -193,6 +209,16 @@ def misfit(state: Mapping[str, Tensor], wanted: Sequence[tuple]) -> str:
 # --------------------------------------------------------------------- which files, in what order
 
 
+def find_snapshots(source: Any) -> list[Path]:
+    """The files, and folders of one snapshot, that a source of `load_trajectory` stands for."""
+    return in_order(list(paths_of(source)), listed=not isinstance(source, (str, PathLike)))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a snapshot."""
+    return weights_in(path) if path.is_dir() else [path]
+
+
 def paths_of(source: Any) -> Iterator[Path]:
     """The snapshots in a file, a folder, a glob, or a list of these, in no order."""
     if not isinstance(source, (str, PathLike)):
@@ -261,7 +287,7 @@ def in_order(paths: Sequence[Path], listed: bool) -> list[Path]:
         raise ValueError(f"which of these in which order? {kinds}; list the files, or use a glob")
     if others:
         left = ", ".join(path.name for family in others for path in family)
-        warnings.warn(f"left out, unlike {first[0].name} in the name: {left}", stacklevel=3)
+        warnings.warn(f"left out, unlike {first[0].name} in the name: {left}", stacklevel=4)
     return sorted(first, key=lambda path: [int(number) for number in re.findall(r"\d+", str(path))])
 
 

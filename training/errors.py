@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,6 +71,16 @@ def accept_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by something else
             stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def warnings_told() -> Iterator[None]:
+    """Warnings inside become a line each on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        print(f"{Path(sys.argv[0]).name}: {warning.message}", file=sys.stderr)
 
 
 def under_torchrun() -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dldr.distributed import on_rank0, print0, rank
 from dldr.reading import read_tensors
+from dldr.trajectory import parts_of
 from training.distributed import restart_count
 from training.errors import InputError, blame
 from training.memory import size_text
@@ -31,6 +32,8 @@ from training.records import (
     changed_options,
     check_same,
     read_config,
+    sample_file,
+    sample_key,
     sample_range,
     session_of,
 )
@@ -108,7 +111,7 @@ def fingerprint(files: Sequence[Path], *options: Any) -> str:
     read. A file of another kind is read whole, and one that was written without checksums.
     """
     digest = hashlib.sha256(repr(options).encode())
-    for file in files:
+    for file in [part for path in files for part in parts_of(path)]:
         if checksums := checksums_in(file):
             digest.update(repr(checksums).encode())
         else:
@@ -146,8 +149,8 @@ class RunFiles:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.directory = args, args.directory
         numbers = sample_range(vars(args))
-        files = [args.save_dir / f"{number}.pt" for number in numbers]
-        self.source = fingerprint(files) if files else None
+        files = [sample_file(args, number) for number in numbers]
+        self.source = fingerprint(files, *sample_key(args)) if files else None
         self.config = self.directory / "config.json"
         self.checkpoint_file = checkpoint_file(args)
         self.resumes = is_within(self.checkpoint_file, self.directory)
@@ -209,7 +212,8 @@ class RunFiles:
     def check_labels(self, digest: str) -> None:
         """InputError if the run, or the one whose samples it takes, had other labels."""
         configs = [self.config] if self.resumes else []
-        configs += [self.args.save_dir / "config.json"] if self.source else []
+        of_samples = self.source and not self.args.samples
+        configs += [self.args.save_dir / "config.json"] if of_samples else []
         for file in filter(Path.exists, configs):
             if read_config(file).get("labels", digest) != digest:  # earlier versions had none
                 raise InputError(
@@ -259,9 +263,9 @@ def opened(args: argparse.Namespace) -> Iterator[RunFiles]:
 
 
 def hold(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
-    """Make the run's directory and lock it until the stack ends; returns it.
+    """Make and lock the run's directory until the stack ends; returns it.
 
-    If another run has it locked, the directory with k in its name is taken, if there is one.
+    Where another run is in it, and k may be a part of the name, that with k.
     """
     for directory in dict.fromkeys((args.directory, directory_with_k(args, args.directory))):
         made = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -292,10 +296,10 @@ def directory_with_k(args: argparse.Namespace, directory: Path) -> Path:
 
 def checkpoint_file(args: argparse.Namespace) -> Path | None:
     """The file that the options say to resume from; None to start afresh."""
-    if args.resume is True or restart_count():
-        own = args.directory / "checkpoint.pt"
-        if on_rank0(own.exists):  # after a restart it is further than the one named
-            return own
+    own = args.directory / "checkpoint.pt"
+    # After a restart the run's own is further than the one it began with.
+    if (args.resume is True or restart_count()) and on_rank0(own.exists):
+        return own
     return None if args.resume is True else args.resume
 
 

@@ -18,7 +18,7 @@ import models
 from dldr.distributed import in_turn, on_rank0, print0
 from dldr.parameters import overlaps, trainable
 from dldr.subspace import check_modes
-from dldr.trajectory import load_state_dict
+from dldr.trajectory import fitting, load_state_dict
 from training.errors import InputError, blame
 from utils import Data, seed_all
 
@@ -35,7 +35,7 @@ def build_model(args: argparse.Namespace, data: Data) -> nn.Module:
         if args.pretrained is True:
             load_torchvision_weights(model, args.arch)
         elif args.pretrained:
-            load_weights(model, args.pretrained, args.arch, data.num_classes)
+            load_weights(model, args.pretrained, args.arch, data.num_classes, args.key)
     model = model.to(args.device)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -230,9 +230,12 @@ def copy_into(module: nn.Module, state: Mapping[str, Any]) -> None:
 def renamed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """The state under the module's names, with BatchNorm's counters where it has none.
 
-    DataParallel puts `module.` before the names, and what reads files drops it, though it may be a
-    name in the network. torch < 0.4.1, which saved the best-known CIFAR ResNets, had no counters.
+    A file may have a prefix before them. DataParallel's `module.` is dropped where files are read,
+    though it may be a name in the network. torch < 0.4.1, which saved the best-known CIFAR ResNets,
+    had no counters.
     """
+    with contextlib.suppress(ValueError):  # what it lacks is said later
+        state = fitting({"": state}, module)
     own = module.state_dict()
     names = {bare(name): name for name in own}
     spelled = {names.get(bare(name), name): value for name, value in state.items()}
@@ -270,12 +273,21 @@ def bare(name: str) -> str:
     return re.sub(r"^(module\.)+", "", name)
 
 
-def load_weights(model: nn.Module, file: Path, arch: str, num_classes: int | None = None) -> None:
+def load_weights(
+    model: nn.Module, file: Path, arch: str, num_classes: int | None = None, key: str | None = None
+) -> None:
     """Load the weights in `file`; raises ValueError where they do not fit the model.
 
-    With `num_classes`, a classifier of another number of classes is left as initialized.
+    With `num_classes`, a classifier of another number of classes is left as initialized. Of several
+    weights in the file those are taken that `key` names, or the only ones that fit.
     """
-    state = on_rank0(lambda: load_state_dict(file))  # the others may not see the file
+
+    def read() -> dict[str, Any]:
+        with contextlib.suppress(ValueError):
+            return load_state_dict(file, key=key, model=model)
+        return load_state_dict(file, key=key)
+
+    state = on_rank0(read)  # the others may not see the file
     state = renamed(state, model)
     left = heads(state, model, num_classes) if num_classes else {}
     check_fits(state | left, model, file, arch)

@@ -21,6 +21,7 @@ ONLY_IN = {
     "train_sgd.py and train_psgd.py": dict.fromkeys(("lr", "milestones", "schedule", "optimizer"))
     | {"momentum": 0.0},
     "train_psgd.py and train_pbfgs.py": {"params_start": 0, "params_end": None, "params_stride": 1}
+    | {"samples": None}
     | {"n_components": None, "basis": None, "start": None, "bn_update": False}
     | {"basis_dtype": "float32"},
     "train_pbfgs.py": {"accumulate": 1, "alpha": 0.0, "gamma": 0.0},
@@ -60,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             return ""
         for scripts, options in ONLY_IN.items():
             if word[2:].replace("-", "_") in options:
-                return f"; {scripts} {'have' if ' and ' in scripts else 'has'} {word}"
+                return f"; {scripts} has {word}"
         begun = [flag for flag in flags if flag.startswith(word)]
         near = begun or difflib.get_close_matches(word, flags, n=1)
         return f"; did you mean {near[0]}?" if near else ""
@@ -291,6 +292,11 @@ def add_network_options(parser: Parser, arch: str) -> None:
         metavar="PATH",
         help="start from these weights (without PATH: torchvision's, where it has them)",
     )
+    add(
+        "--key",
+        metavar="KEY",
+        help="where in a file of several weights those of --pretrained or --samples are, e.g. ema",
+    )
 
 
 def add_training_options(parser: Parser, epochs: int, weight_decay: float) -> None:
@@ -472,6 +478,13 @@ def add_sample_options(parser: Parser) -> None:
     """Add the options for which samples span the subspace."""
     add = parser.groups["subspace"].add_argument
     add(
+        "--samples",
+        nargs="+",
+        metavar="FILES",
+        help="checkpoints of any tool in place of --save-dir's N.pt: files, folders or globs, "
+        "numbered from 0 in the order of the numbers in their names",
+    )
+    add(
         "--params_start",
         "--params-start",
         type=natural,
@@ -484,7 +497,8 @@ def add_sample_options(parser: Parser) -> None:
         "--params-end",
         type=natural,
         metavar="N",
-        help="one past the last sample (default: 51, or all where there are fewer)",
+        help="one past the last sample (default: 51, or all where there are fewer; all of "
+        "--samples)",
     )
     add(
         "--params_stride",

@@ -112,6 +112,16 @@ def sample_range(arguments: Mapping[str, Any]) -> range:
     return range(0)
 
 
+def sample_file(args: argparse.Namespace, number: int) -> Path:
+    """The file of a sample: N.pt in --save-dir, or the N-th that --samples names."""
+    return Path(args.samples[number]) if args.samples else args.save_dir / f"{number}.pt"
+
+
+def sample_key(args: argparse.Namespace) -> list[str]:
+    """The key to the weights in the files of --samples, where one is given."""
+    return [args.key] if args.samples and args.key else []
+
+
 def label_digest(data: Data) -> str:
     """A digest of all labels, in their order: other images have others, or another number."""
     digest = hashlib.sha256()
@@ -157,7 +167,7 @@ def facts_of(
 def summary_of(args: argparse.Namespace, facts: Mapping[str, Any], variant: str) -> str:
     """The facts in a line; `variant` says which of several networks of that name it is."""
     variant = f" ({variant})" if variant else ""
-    noise = f"{facts['corrupted_labels']:,} labels replaced"
+    noise = f"{facts['corrupted_labels']:,} labels drawn at random"
     if args.noise not in NOISE:
         noise = f"labels of {Path(args.noise).name}"
     return (

@@ -13,9 +13,10 @@ import torch
 
 import models
 from dldr.distributed import on_rank0, world_size
+from dldr.trajectory import find_snapshots
 from training import distributed
 from training.distributed import restart_count
-from training.errors import InputError, blame
+from training.errors import InputError, blame, warnings_told
 from training.files import check_file, checkpoint_file, directory_with_k
 from training.options import BASES, NOISE, Parser, one_of
 from training.records import read_config, resumed_options, shared_options
@@ -59,7 +60,7 @@ def take_from_records(args: argparse.Namespace) -> None:
 
     def read() -> dict[str, Any]:
         recorded, trajectory = {}, args.save_dir / "config.json"
-        if (args.basis or args.average) and trajectory.exists():
+        if (args.basis or args.average) and not args.samples and trajectory.exists():
             with blame("--save-dir"):
                 recorded |= shared_options(trajectory)
         if file and file.exists() and (file.parent / "config.json").exists():
@@ -75,6 +76,9 @@ def take_from_records(args: argparse.Namespace) -> None:
 def fill_in(args: argparse.Namespace, parser: Parser) -> None:
     """Decide what depends on other options."""
     args.data_dir = args.data_dir.absolute()
+    if args.samples:
+        with blame("--samples"):
+            args.samples = on_rank0(lambda: sample_names(args.samples))
     args.image_size = args.image_size or DATASETS[args.datasets].image_size
     if args.channels_last is None:  # on the CPU it was never slower (benchmarks/README.md)
         args.channels_last = args.device == "cpu"
@@ -84,6 +88,12 @@ def fill_in(args: argparse.Namespace, parser: Parser) -> None:
         args.lr = parser.rates[args.optimizer] if args.lr is None else args.lr
         if args.milestones is None:
             args.milestones = parser.drops.get(args.datasets, parser.drops[""])
+
+
+def sample_names(source: Sequence[str]) -> list[str]:
+    """The files that --samples names, in their order, as config.json can have them."""
+    with warnings_told():
+        return [str(path.absolute()) for path in find_snapshots(source)]
 
 
 def run_directory(args: argparse.Namespace) -> Path:
@@ -104,10 +114,10 @@ def run_directory(args: argparse.Namespace) -> Path:
 
 
 def is_of_other_k(args: argparse.Namespace, directory: Path) -> bool:
-    """Whether the directory has a run with other --n_components, which is not to be replaced."""
+    """Whether a run with other --n_components than the command gives is in the directory."""
     with contextlib.suppress(Exception):  # what is wrong with the file is said later
         recorded = read_config(directory / "config.json")["arguments"]["n_components"]
-        return not args.overwrite and recorded != args.n_components
+        return "n_components" in args.given and recorded != args.n_components
     return False
 
 
@@ -134,6 +144,8 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise InputError("--start: not with --pretrained; allowed: one of them")
     if args.evaluate and args.resume and args.pretrained:
         raise InputError("--evaluate: with --resume or --pretrained, not with both")
+    if args.key and not (args.samples or isinstance(args.pretrained, Path)):
+        raise InputError("--key: allowed with --pretrained PATH or --samples")
     check_file("--pretrained", args.pretrained)
     check_file("--resume", args.resume)
     if args.noise not in NOISE:

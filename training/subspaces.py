@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from dldr.distributed import on_rank0, print0, world_size
 from dldr.parameters import average, trainable
 from dldr.pca import check_components, gram_matrix, orthonormalize, pca, step_lengths
-from dldr.trajectory import Snapshot, abbreviate, load_samples, snapshot_numbers
+from dldr.trajectory import Snapshot, abbreviate, load_samples, load_snapshot, snapshot_numbers
 from training.errors import InputError, blame
 from training.files import check_file, fingerprint, save
 from training.memory import check_basis_memory
 from training.network import check_fits, copy_into, load_weights, renamed
 from training.options import BASES
-from training.records import SHARED, check_same, read_config, sample_range
+from training.records import SHARED, check_same, read_config, sample_file, sample_key, sample_range
 from utils import rng
 
 
@@ -39,6 +39,26 @@ ARRAYS = ("basis", "explained_variance_ratio", "computed_from")
 
 def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Snapshot]:
     """The samples of these numbers, once it is clear that they are of the same experiment."""
+    if not args.samples:
+        check_trajectory(args)
+    if world_size() > 1:
+        digests = [""] * world_size()
+        files = [sample_file(args, number) for number in numbers]
+        dist.all_gather_object(digests, fingerprint([file for file in files if file.exists()]))
+        if len(set(digests)) > 1:
+            raise InputError(
+                f"{source_of(args)}: not the same samples for all processes; "
+                "allowed: a directory that all machines share"
+            )
+    if args.samples:
+        with blame("--samples"):
+            files = [sample_file(args, number) for number in numbers]
+            return [load_snapshot(file, key=args.key) for file in files]
+    return load_samples(args.save_dir, numbers.start, numbers.stop, numbers.step)
+
+
+def check_trajectory(args: argparse.Namespace) -> None:
+    """InputError for a --save-dir of another experiment."""
     if not on_rank0(args.save_dir.is_dir):
         raise InputError(
             f"--save-dir {args.save_dir}: there is no such directory; train_sgd.py makes it"
@@ -49,17 +69,11 @@ def load_trajectory(args: argparse.Namespace, numbers: range) -> list[Snapshot]:
         check_same(args, arguments, SHARED, config)
     else:
         print0(f"{config} is missing: its run's data, network and seed are not checked")
-    if world_size() > 1:
-        there = [number for number in snapshot_numbers(args.save_dir) if number in numbers]
-        digests = [""] * world_size()
-        files = [args.save_dir / f"{number}.pt" for number in there]
-        dist.all_gather_object(digests, fingerprint(files))
-        if len(set(digests)) > 1:
-            raise InputError(
-                f"--save-dir {args.save_dir}: not the same samples for all processes; "
-                "allowed: a directory that all machines share"
-            )
-    return load_samples(args.save_dir, numbers.start, numbers.stop, numbers.step)
+
+
+def source_of(args: argparse.Namespace) -> str:
+    """Where the samples are from, in a message."""
+    return "--samples" if args.samples else f"--save-dir {args.save_dir}"
 
 
 def load_subspace_samples(args: argparse.Namespace) -> list[Snapshot]:
@@ -67,9 +81,10 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Snapshot]:
 
     Samples and directions that the options leave open are the published ones, or fewer.
     """
+    most = len(args.samples) if args.samples else None
     if args.params_end is None:
         there = on_rank0(lambda: snapshot_numbers(args.save_dir))
-        args.params_end = min(51, there[-1] + 1) if there else 51
+        args.params_end = most or (min(51, there[-1] + 1) if there else 51)
     numbers = sample_range(vars(args))
     if args.n_components is None:
         args.n_components = max(1, min(40, len(numbers) - 1))
@@ -77,15 +92,18 @@ def load_subspace_samples(args: argparse.Namespace) -> list[Snapshot]:
         raise InputError(
             f"--params_end {args.params_end}: allowed: above --params_start {args.params_start}"
         )
+    for option, number in (("--params_end", args.params_end - 1), ("--start", args.start)):
+        if most and isinstance(number, int) and number >= most:
+            raise InputError(f"{option}: --samples are {most}, numbered from 0")
     with blame(), blame("--params_end", FileNotFoundError):
         samples = load_trajectory(args, numbers)
-    if isinstance(args.start, int):
-        check_file("--start", args.save_dir / f"{args.start}.pt")
+    if isinstance(args.start, int) and not args.samples:
+        check_file("--start", sample_file(args, args.start))
     if args.basis == "pca":
         with blame("--n_components"):
             check_components(args.n_components, len(samples) - 1, len(samples))
     print0(
-        f"{args.save_dir}: samples {abbreviate(numbers)} (--params_end {args.params_end}) of "
+        f"{source_of(args)}: samples {abbreviate(numbers)} (--params_end {args.params_end}) of "
         f"{args.arch} on {args.datasets}, --corrupt {args.corrupt:g}, "
         f"--randomseed {args.randomseed}; --n_components {args.n_components}"
     )
@@ -114,7 +132,7 @@ def load_start(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.
     elif args.start is not None or not args.pretrained:
         start = args.params_start if args.start is None else args.start
         with blame("--start" if args.start is not None else ""):
-            load_weights(model, args.save_dir / f"{start}.pt", args.arch)
+            load_weights(model, sample_file(args, start), args.arch, None, *sample_key(args))
 
 
 def find_basis(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.Module) -> Basis:
@@ -129,15 +147,16 @@ def find_basis(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.
 
     def find() -> str:
         options = [args.basis, args.n_components, args.basis_dtype, args.randomseed, names]
+        options += sample_key(args)
         source = fingerprint(files, *options)
         for file in args.save_dir.glob("*/basis.npz"):
             if computed_from(file) == source:
                 basis = load_basis(file, n)
                 if basis is not None:
                     if file != own:
-                        save_basis(own, basis, parameters)
+                        save_basis(own, basis)
                     return f", from {file}"
-        save_basis(own, Basis(*compute_basis(args, samples, names, n), source), parameters)
+        save_basis(own, Basis(*compute_basis(args, samples, names, n), source))
         return ""
 
     at_fault = dict.fromkeys(("pca", "random", "walk"), "--n_components")
@@ -237,19 +256,13 @@ def computed_from(file: Path) -> str | None:
         return str(np.load(file)["computed_from"])
 
 
-def save_basis(file: Path, basis: Basis, parameters: Mapping[str, Tensor]) -> None:
-    """Write a basis.npz, with the names and shapes of the parameters that its columns are of.
-
-    numpy knows no bfloat16: such a basis is written as its bits, uint16.
-    """
+def save_basis(file: Path, basis: Basis) -> None:
+    """Write a basis.npz. numpy knows no bfloat16: such a basis is written as its bits, uint16."""
     vectors = basis.vectors.cpu()
     if vectors.dtype == torch.bfloat16:
         vectors = vectors.view(torch.uint16)
     values = vectors.numpy(), basis.ratios.cpu().numpy(), basis.source
-    dimensions = max(p.dim() for p in parameters.values())
-    shapes = [[*p.shape, *[-1] * (dimensions - p.dim())] for p in parameters.values()]
-    columns = {"names": np.array(list(parameters)), "shapes": np.array(shapes, dtype=int)}
-    save(file, dict(zip(ARRAYS, values, strict=True)) | columns)
+    save(file, dict(zip(ARRAYS, values, strict=True)))
 
 
 def load_basis(file: Path, n: int) -> Basis | None:
