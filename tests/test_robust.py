@@ -367,17 +367,14 @@ def test_what_is_overwritten_takes_no_room(sampled, tmp_path, monkeypatch, capsy
     assert "12 samples of 296.0 KiB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("components", ["5", "0.99999"])
-def test_a_basis_that_will_not_fit_is_refused(components, sampled, refused, monkeypatch):
+def test_a_basis_that_will_not_fit_is_refused(sampled, refused, monkeypatch):
     """resnet8 has 75,290 parameters: two rows of four bytes fit into 700,000 bytes."""
     monkeypatch.setattr(training.memory, "free_memory", lambda device: 7e5)
-    argv = [*SUBSPACE, "--n_components", components, "--save-dir", sampled]
+    argv = [*SUBSPACE, "--basis", "random", "--n_components", "5", "--save-dir", sampled]
     line = refused(train_psgd.main, argv)
     assert "--n_components" in line
     assert "allowed: 2 directions" in line
-    assert not (sampled / "psgd").exists()
-    line = refused(train_psgd.main, [*argv, "--basis-dtype", "bfloat16"])
-    assert "allowed: 4 directions" in line
+    assert not (sampled / "psgd_random").exists()
 
 
 def test_free_memory_is_what_the_system_says(monkeypatch):
@@ -420,12 +417,7 @@ def test_what_a_diverged_run_says(tmp_path, capsys):
         train_sgd.main(argv)
     assert exit.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    for part in (
-        "epoch 1, step 2",
-        "at learning rate 1e+30",
-        "a smaller --lr",
-        "--resume continues",
-    ):
+    for part in ("epoch 1, step 2", "a smaller --lr than 1e+30", "--resume continues"):
         assert part in line
 
 
@@ -436,7 +428,7 @@ def test_parameters_that_are_not_finite_stop_though_every_loss_was(tmp_path, cap
         train_sgd.main([*argv, "--save-every", "1", "--weight-decay", "1e6"])
     assert exit.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "epoch 1, step 1 at learning rate 1e+38: the parameters are not finite" in line
+    assert "epoch 1, step 1: the parameters are not finite; try a smaller --lr than 1e+38" in line
     assert not (tmp_path / "run" / "1.pt").exists()
 
 
