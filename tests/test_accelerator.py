@@ -11,6 +11,7 @@ from conftest import ROOT
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TORCH < (2, 10), reason="torch takes devices made in Python from 2.10 on")
 @pytest.mark.parametrize("part", ["numbers", "not numbers"])
 def test_the_scripts_on_an_accelerator(part):

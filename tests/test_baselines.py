@@ -93,6 +93,7 @@ def test_a_random_basis_is_orthonormal_seeded_and_apart_from_the_samples(copy):
     assert np.abs(basis @ other.double().numpy().T).max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npy", "npz"])
 def test_a_saved_basis_is_taken_as_it_is_or_orthonormalized(kind, copy, tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, 75290)).astype(np.float32)
@@ -136,6 +137,7 @@ def test_bn_update_tests_with_statistics_of_the_whole_training_set(copy):
     assert row["test_acc"] == tested["test_acc"]
 
 
+@pytest.mark.slow
 def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     command = [*DIGITS, "--average", "3", "7", "--save-dir", str(copy)]
     row = train_sgd.main(command)
@@ -159,6 +161,7 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)
 
 
+@pytest.mark.slow
 def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     copy, tmp_path, capsys, undrawn, monkeypatch
 ):
@@ -196,6 +199,7 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     assert ("SGD", "digits, from pretrained weights") in {(r["method"], r["data"]) for r in rows}
 
 
+@pytest.mark.slow
 def test_averages_are_chosen_on_images_that_were_left_out(tmp_path, monkeypatch):
     """Oracle: train_sgd.py's average, on the images that differ from all that were trained on."""
     options = [*DIGITS, "--smalldatasets", "0.3", "--save-dir", str(tmp_path)]

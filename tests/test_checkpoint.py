@@ -47,6 +47,7 @@ def test_another_run_is_not_removed_by_the_average_of_its_name(copy, refused):
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_each_session_that_trains_is_recorded(copy, monkeypatch):
     """A start that has nothing left to do changes nothing, whatever its options are."""
     before = contents(copy)

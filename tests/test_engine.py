@@ -63,6 +63,7 @@ def test_channels_last_reaches_the_network(tmp_path, patch):
         seen.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sgd, train_psgd, train_pbfgs])
 def test_compile_compiles_what_is_trained_and_changes_nothing(
     script, sampled, tmp_path, monkeypatch

@@ -25,6 +25,7 @@ def tables(page: str) -> dict[str, list[list[str]]]:
     return {title: [line.split(" | ") for line in rows] for title, rows in lines.items()}
 
 
+@pytest.mark.slow
 def test_the_page_tells_what_was_measured(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()

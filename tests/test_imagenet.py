@@ -25,6 +25,7 @@ def patches(num_classes):
         nn.Flatten(), nn.Linear(32 * 49, num_classes),
     )
 """
+pytestmark = pytest.mark.slow
 SUBSPACE = ["--params_end", "9", "--params_stride", "2", "--n_components", "4", "--epochs", "2"]
 COMMANDS = {
     ".": (train_sgd, ["--epochs", "4", "--lr", "0.002", "--sample-every", "2"]),

@@ -22,6 +22,7 @@ import train_sgd
 from dldr.reading import read_tensors
 from dldr.trajectory import load_state_dict
 
+pytestmark = pytest.mark.slow
 SUBSPACE = ["--params_end", "3", "--n_components", "2", "--epochs", "2", "--lr", "0.1"]
 
 

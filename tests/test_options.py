@@ -256,6 +256,7 @@ def test_a_run_knows_its_own_checkpoint_by_any_path(sampled, tmp_path, monkeypat
     assert last["epoch"] == 7
 
 
+@pytest.mark.slow
 def test_report_does_not_mix_experiments(sampled, tmp_path, capsys):
     run = shutil.copytree(sampled, tmp_path / "run")
     options = [*DIGITS, "--save-dir", str(run)]

@@ -86,6 +86,7 @@ def module(tmp_path, monkeypatch):
     return "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "patches"])
 def test_a_network_of_a_module_goes_through_the_chain(name, module, tmp_path, capsys, undrawn):
     if name == "patches":

@@ -214,7 +214,8 @@ def test_a_fingerprint_tells_contents_order_and_options(saved, zip_archive, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_basis_is_the_same_bits(dtype, tmp_path):
     basis, ratios = utils.pca(walk(dtype=np.float32), 5, dtype=dtype)
-    save_basis(tmp_path / "basis.npz", Basis(basis, ratios, "source"))
+    parameters = {"weight": torch.zeros(20, 14), "bias": torch.zeros(20)}
+    save_basis(tmp_path / "basis.npz", Basis(basis, ratios, "source"), parameters)
     loaded = load_basis(tmp_path / "basis.npz", 300)
     assert loaded.source == computed_from(tmp_path / "basis.npz") == "source"
     assert torch.equal(loaded.vectors, basis)

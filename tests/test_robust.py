@@ -134,6 +134,7 @@ def test_a_run_asked_to_stop_resumes_as_if_it_had_not(
     assert differences(save_dir, unbroken[name]) == []
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_batch_resumes(tmp_path, unbroken, monkeypatch):
     """A signal while the initialization is written."""
     save_sample = train_sgd.save_sample
@@ -151,6 +152,7 @@ def test_a_run_stopped_before_its_first_batch_resumes(tmp_path, unbroken, monkey
     assert differences(tmp_path / "run", unbroken["sgd"]) == []
 
 
+@pytest.mark.slow
 def test_an_average_can_be_stopped_and_resumed(sampled, tmp_path, patch, monkeypatch):
     """In the pass that recomputes BatchNorm's statistics, and in the test."""
     argv = [*DIGITS, "--average", "3", "7", "--resume", "--save-dir"]
@@ -175,6 +177,7 @@ def test_an_average_can_be_stopped_and_resumed(sampled, tmp_path, patch, monkeyp
     assert differences(tmp_path / "run" / "average", tmp_path / "whole" / "average") == []
 
 
+@pytest.mark.slow
 def test_weights_of_half_an_epoch_are_no_result(sampled, tmp_path, patch):
     """Stopped in the fourth epoch, resumed to end after three. Oracle: the files before."""
     script, argv, save_dir = start("sgd", sampled, tmp_path)
@@ -344,6 +347,7 @@ def test_a_full_disk_stops_with_a_line_and_the_run_resumes_later(name, sampled, 
     assert differences(save_dir, unbroken[name]) == []
 
 
+@pytest.mark.slow
 def test_samples_that_will_not_fit_are_refused(tmp_path, refused, monkeypatch, capsys):
     """resnet8's state dict takes 303,136 bytes: 12 samples, and 7 more for the checkpoints."""
     usage = shutil.disk_usage("/")
@@ -358,6 +362,7 @@ def test_samples_that_will_not_fit_are_refused(tmp_path, refused, monkeypatch, c
             assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_what_is_overwritten_takes_no_room(sampled, tmp_path, monkeypatch, capsys):
     """Seven of the twelve samples are there, and seven more sizes are for the checkpoints."""
     usage, save_dir = shutil.disk_usage("/"), shutil.copytree(sampled, tmp_path / "run")
@@ -586,6 +591,7 @@ def test_a_run_that_diverged_can_be_started_again(tmp_path, capsys):
     assert differences(tmp_path / "run", tmp_path / "oracle") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, 3])
 def test_a_run_that_was_killed_early_can_be_started_again(epochs, copy):
     end_early(copy, epochs)

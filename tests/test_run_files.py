@@ -204,4 +204,4 @@ def test_wrong_labels_are_counted(tmp_path, capsys):
     found = config(tmp_path / "run")
     assert found["corrupted_labels"] == 287
     assert 0.82 < found["wrong_labels"] / 287 < 0.98
-    assert f"287 labels drawn at random, {found['wrong_labels']} wrong" in capsys.readouterr().out
+    assert f"287 labels replaced, {found['wrong_labels']} wrong" in capsys.readouterr().out

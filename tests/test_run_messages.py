@@ -19,9 +19,9 @@ from training.metrics import statistics_lag
 @pytest.mark.parametrize(
     ("script", "option", "named"),
     [
-        (train_pbfgs, "--optimizer", "train_sgd.py and train_psgd.py has --optimizer"),
-        (train_sgd, "--n-components", "train_psgd.py and train_pbfgs.py has --n-components"),
-        (train_sgd, "--n_components", "train_psgd.py and train_pbfgs.py has --n_components"),
+        (train_pbfgs, "--optimizer", "train_sgd.py and train_psgd.py have --optimizer"),
+        (train_sgd, "--n-components", "train_psgd.py and train_pbfgs.py have --n-components"),
+        (train_sgd, "--n_components", "train_psgd.py and train_pbfgs.py have --n_components"),
         (train_psgd, "--accumulate", "train_pbfgs.py has --accumulate"),
         (train_pbfgs, "--average", "train_sgd.py has --average"),
         (train_psgd, "--n_component", "did you mean --n_components?"),

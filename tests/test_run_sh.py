@@ -387,6 +387,7 @@ def test_a_current_interpreter_that_has_all_is_used(floor, project, tiny):
     assert not (project / ".venv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [None, "a .venv as uv makes it"])
 def test_a_fresh_machine_gets_a_venv_with_what_is_needed(there, project):
     """tiny is not installed, only to be had from a wheel that pip's settings tell of."""

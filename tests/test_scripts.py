@@ -67,6 +67,7 @@ python -u train_psgd.py --epochs 40 --datasets CIFAR10 --lr 1 --corrupt 0.2 --pa
 """
 
 
+@pytest.mark.slow
 def test_published_commands_run_as_they_are(tmp_path):
     """Word for word but for the data, sizes that two cores can run in a test, and the directory."""
     smaller = {"CIFAR10": "digits", "81": "5", "40": "3", "20": "2", "--epochs=150": "--epochs=4"}
@@ -528,6 +529,7 @@ def test_report_counts_what_was_sampled(copy, undrawn):
     ]
 
 
+@pytest.mark.slow
 def test_label_noise_is_the_same_in_all_three_scripts(tmp_path, patch):
     seen = []
     load = utils.load_data
@@ -561,6 +563,7 @@ def test_nothing_but_finished_files_is_left(tmp_path, monkeypatch):
     assert load_state_dict(file)["weight"] == 0
 
 
+@pytest.mark.slow
 def test_a_basis_is_computed_once_and_again_when_anything_changes(copy, patch, capsys):
     """Oracle: whether utils.pca is called, and the basis it gives."""
     calls = []
@@ -595,6 +598,7 @@ def test_a_basis_is_computed_once_and_again_when_anything_changes(copy, patch, c
     assert run(train_psgd) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
 def test_a_bfloat16_basis_trains(script, copy):
     """Chance is 10 %. P-BFGS moves the origin, too."""
@@ -628,6 +632,7 @@ def test_a_network_in_bfloat16_trains(tmp_path, monkeypatch):
         assert saved["rows"][-1]["train_loss"] < saved["rows"][0]["train_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_sees_bars_and_a_file_rows(terminal, tmp_path):
     """Oracle: a real terminal (pty) of 100 columns, and a real file."""
@@ -653,6 +658,7 @@ def test_a_terminal_sees_bars_and_a_file_rows(terminal, tmp_path):
     assert ("\r" in text) == terminal
 
 
+@pytest.mark.slow
 def test_samples_are_taken_every_so_many_steps(tmp_path, undrawn):
     """Oracle: a run that keeps every step, 6 of which are an epoch of digits at 256 a batch."""
     for every in (1, 4, 6, None):

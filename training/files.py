@@ -263,9 +263,9 @@ def opened(args: argparse.Namespace) -> Iterator[RunFiles]:
 
 
 def hold(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
-    """Make and lock the run's directory until the stack ends; returns it.
+    """Make the run's directory and lock it until the stack ends; returns it.
 
-    Where another run is in it, and k may be a part of the name, that with k.
+    If another run has it locked, the directory with k in its name is taken, if there is one.
     """
     for directory in dict.fromkeys((args.directory, directory_with_k(args, args.directory))):
         made = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -296,10 +296,10 @@ def directory_with_k(args: argparse.Namespace, directory: Path) -> Path:
 
 def checkpoint_file(args: argparse.Namespace) -> Path | None:
     """The file that the options say to resume from; None to start afresh."""
-    own = args.directory / "checkpoint.pt"
-    # After a restart the run's own is further than the one it began with.
-    if (args.resume is True or restart_count()) and on_rank0(own.exists):
-        return own
+    if args.resume is True or restart_count():
+        own = args.directory / "checkpoint.pt"
+        if on_rank0(own.exists):  # after a restart it is further than the one named
+            return own
     return None if args.resume is True else args.resume
 
 

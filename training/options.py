@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             return ""
         for scripts, options in ONLY_IN.items():
             if word[2:].replace("-", "_") in options:
-                return f"; {scripts} has {word}"
+                return f"; {scripts} {'have' if ' and ' in scripts else 'has'} {word}"
         begun = [flag for flag in flags if flag.startswith(word)]
         near = begun or difflib.get_close_matches(word, flags, n=1)
         return f"; did you mean {near[0]}?" if near else ""

@@ -167,7 +167,7 @@ def facts_of(
 def summary_of(args: argparse.Namespace, facts: Mapping[str, Any], variant: str) -> str:
     """The facts in a line; `variant` says which of several networks of that name it is."""
     variant = f" ({variant})" if variant else ""
-    noise = f"{facts['corrupted_labels']:,} labels drawn at random"
+    noise = f"{facts['corrupted_labels']:,} labels replaced"
     if args.noise not in NOISE:
         noise = f"labels of {Path(args.noise).name}"
     return (

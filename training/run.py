@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dldr.distributed import print0, progress_bar, rank, world_size
+from dldr.distributed import on_rank0, print0, progress_bar, rank, world_size
 from training.distributed import average_buffers
 from training.errors import InputError, blame, handling
 from training.files import RunFiles, blame_checkpoint, check_file, load_optimizer, opened, save
@@ -96,7 +96,7 @@ def evaluate_only(args: argparse.Namespace) -> dict:
     return row
 
 
-def cure(args: argparse.Namespace) -> str:
+def suggest_cure(args: argparse.Namespace) -> str:
     """What to try against a loss that is not finite."""
     if args.alpha:
         return "try a smaller --alpha"
@@ -151,7 +151,8 @@ class Run:
         """The images and labels; InputError unless those of the trajectory, and as before."""
         with blame():
             data = load_data(self.args)
-        self.files.check_labels(label_digest(data))
+        digest = label_digest(data)
+        on_rank0(lambda: self.files.check_labels(digest))
         return data
 
     def start(
@@ -285,7 +286,7 @@ class Run:
         what = "loss is" if finite < done else "parameters are"
         where = f"epoch {self.epoch + 1}, step {min(finite + 1, done)}: the {what} not finite"
         file = self.files.directory / "checkpoint.pt"
-        raise InputError(f"{where}; {cure(self.args)}; --resume continues from {file}", 1)
+        raise InputError(f"{where}; {suggest_cure(self.args)}; --resume continues from {file}", 1)
 
     def end_epoch(self) -> None:
         """Test, record the epoch's metrics and print them."""

@@ -114,10 +114,10 @@ def run_directory(args: argparse.Namespace) -> Path:
 
 
 def is_of_other_k(args: argparse.Namespace, directory: Path) -> bool:
-    """Whether a run with other --n_components than the command gives is in the directory."""
+    """Whether the directory has a run with other --n_components, which is not to be replaced."""
     with contextlib.suppress(Exception):  # what is wrong with the file is said later
         recorded = read_config(directory / "config.json")["arguments"]["n_components"]
-        return "n_components" in args.given and recorded != args.n_components
+        return not args.overwrite and recorded != args.n_components
     return False
 
 

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,9 +154,9 @@ def find_basis(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.
                 basis = load_basis(file, n)
                 if basis is not None:
                     if file != own:
-                        save_basis(own, basis)
+                        save_basis(own, basis, parameters)
                     return f", from {file}"
-        save_basis(own, Basis(*compute_basis(args, samples, names, n), source))
+        save_basis(own, Basis(*compute_basis(args, samples, names, n), source), parameters)
         return ""
 
     at_fault = dict.fromkeys(("pca", "random", "walk"), "--n_components")
@@ -256,13 +256,19 @@ def computed_from(file: Path) -> str | None:
         return str(np.load(file)["computed_from"])
 
 
-def save_basis(file: Path, basis: Basis) -> None:
-    """Write a basis.npz. numpy knows no bfloat16: such a basis is written as its bits, uint16."""
+def save_basis(file: Path, basis: Basis, parameters: Mapping[str, Tensor]) -> None:
+    """Write a basis.npz, with the names and shapes of the parameters that its columns are of.
+
+    numpy knows no bfloat16: such a basis is written as its bits, uint16.
+    """
     vectors = basis.vectors.cpu()
     if vectors.dtype == torch.bfloat16:
         vectors = vectors.view(torch.uint16)
     values = vectors.numpy(), basis.ratios.cpu().numpy(), basis.source
-    save(file, dict(zip(ARRAYS, values, strict=True)))
+    dimensions = max(p.dim() for p in parameters.values())
+    shapes = [[*p.shape, *[-1] * (dimensions - p.dim())] for p in parameters.values()]
+    columns = {"names": np.array(list(parameters)), "shapes": np.array(shapes, dtype=int)}
+    save(file, dict(zip(ARRAYS, values, strict=True)) | columns)
 
 
 def load_basis(file: Path, n: int) -> Basis | None:
