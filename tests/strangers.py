@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -66,6 +67,23 @@ class Shifting(Small):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__(num_classes, ActNorm())
+
+
+class Beginning(Small):
+    """An ActNorm whose flag is in the state dict, so that snapshots know what is done."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes, ActNorm())
+        begun = self.layer._buffers.pop("begun")
+        self.layer.register_buffer("begun", begun)
+
+
+class Reentrant(Small):
+    """Computes its first layers again in the backward pass, in torch's old way."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_() if self.training and not x.requires_grad else x
+        return torch.utils.checkpoint.checkpoint(super().hidden, x, use_reentrant=True)
 
 
 class Moving(nn.Module):

@@ -180,6 +180,31 @@ def test_a_subspace_of_embeddings_with_sparse_gradients(script, tmp_path):
     assert row["train_loss"] < 2.4
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Beginning", "if its first batch sets parameters, take a later snapshot: --params_start"),
+        (
+            "Reentrant",
+            "use_reentrant=True does not work in a Subspace; allowed: use_reentrant=False",
+        ),
+        ("scripted", "scripted networks keep their parameters to themselves"),
+    ],
+)
+@pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
+def test_what_cannot_be_in_a_subspace_is_refused_in_a_line(
+    script, name, message, tmp_path, refused
+):
+    train_sgd.main(options(name, tmp_path))
+    given = subspace(name, tmp_path)
+    line = refused(script.main, given if script is train_psgd else without_lr(given))
+    assert f"--arch strangers:{name}: not in a subspace, " in line
+    assert message in line
+    assert not list(tmp_path.glob("p*"))
+    if name == "Beginning":
+        train_psgd.main([*given, "--params_start", "1", "--n_components", "1"])
+
+
 def test_view_after_a_convolution(tmp_path, capsys):
     """Oracle: the run with contiguous images. Said once a run; --channels-last, too."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dldr.distributed import on_rank0, print0, world_size
-from dldr.parameters import average, trainable
+from dldr.parameters import average, flatten, trainable
 from dldr.pca import check_components, gram_matrix, orthonormalize, pca, step_lengths
+from dldr.subspace import Subspace
 from dldr.trajectory import Snapshot, abbreviate, load_samples, load_snapshot, snapshot_numbers
 from training.errors import InputError, blame
 from training.files import check_file, fingerprint, save
 from training.memory import check_basis_memory
-from training.network import check_fits, copy_into, load_weights, renamed
+from training.network import check_fits, copy_into, load_weights, outputs_for, rehearsal, renamed
 from training.options import BASES
 from training.records import SHARED, check_same, read_config, sample_file, sample_key, sample_range
 from utils import rng
@@ -133,6 +135,24 @@ def load_start(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.
         start = args.params_start if args.start is None else args.start
         with blame("--start" if args.start is not None else ""):
             load_weights(model, sample_file(args, start), args.arch, None, *sample_key(args))
+    check_in_subspace(args, model)
+
+
+def check_in_subspace(args: argparse.Namespace, model: nn.Module) -> None:
+    """InputError for a network that could not be trained in a subspace from where it is."""
+    theta = flatten(model)
+    images = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
+    with rehearsal(model) as stand_in, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when it is trained
+        try:
+            subspace = Subspace(stand_in, theta.new_zeros(1, len(theta)))
+            outputs_for(images, subspace, args)
+            subspace.release()
+        except (ValueError, RuntimeError) as error:
+            hint = ""
+            if "inplace" in str(error):
+                hint = "; if its first batch sets parameters, take a later snapshot: --params_start"
+            raise InputError(f"--arch {args.arch}: not in a subspace, {error}{hint}") from error
 
 
 def find_basis(args: argparse.Namespace, samples: Sequence[Snapshot], model: nn.Module) -> Basis:
