@@ -1,17 +1,34 @@
-# fine-tuning the networks of cifar-small, and in a subspace of that
-tenth_settings
-seeds=${seed:-1 2} noises=${c:-0 0.4}
-subspace=(--params_end 11 --n_components 10 --epochs 4 --bn-update)
+# public, well-trained CIFAR-10 ResNets trained on, and in the subspace of that; weights=DIR has the networks
+# DIR is pretrained_models/ of akamaster/pytorch_resnet_cifar10, whose files are named resnet20-….th.
+datasets=${datasets:-CIFAR10} options=${options:---half --compile} weights=${weights:-../data/pretrained_models}
+subspace=(--params_start 1 --params_end 31 --n_components 29)
+psgd=("${subspace[@]}" --batch-size 128 --epochs 2 --lr 0.1)
+pbfgs=("${subspace[@]}" --batch-size 256 --epochs 1)
 
-for seed in $seeds; do
-    for c in $noises; do
-        trajectory
-        run train_sgd.py "${common[@]}" "${sgd[@]}"
-        trained=$save_dir/model.th
-        trajectory _finetune
-        run train_sgd.py "${common[@]}" --pretrained "$trained" --lr 0.01 --epochs=14
-        run train_pbfgs.py "${common[@]}" "${subspace[@]}" --batch-size 500
-        run train_psgd.py "${common[@]}" "${subspace[@]}" --lr 1
-        run train_sgd.py "${common[@]}" --average 1 11
+# List the runs of network $1, learning rate $2, seed $3 and label noise $4.
+trained_on() {
+    model=$1 seed=$3 c=$4
+    local files=("$weights/$model"-*.th)
+    trajectory "_finetune_lr$2"
+    local origin=$save_dir
+    run train_sgd.py "${common[@]}" --pretrained "${files[0]}" --lr "$2" --epochs=5 --sample-every 65
+    run train_sgd.py "${common[@]}" --average 1 31
+    for start in "" mean; do
+        run train_psgd.py "${common[@]}" "${psgd[@]}" ${start:+--start "$start"}
+        run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" ${start:+--start "$start"}
     done
+    run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" --alpha "$2" --run pbfgs_plus
+    trajectory "_finetune_lr$2_dropped"
+    run train_sgd.py "${common[@]}" --pretrained "$origin/30.pt" --start-epoch 5 --lr "$2" --milestones 5 --epochs 8
+}
+
+for number in ${seed:-1 2 3}; do
+    trained_on resnet20 0.005 "$number" "${c:-0}"
+done
+for rate in 0.02 0.05; do
+    trained_on resnet20 "$rate" 1 0
+done
+trained_on resnet20 0.02 1 0.2
+for network in resnet32 resnet44 resnet56; do
+    trained_on "$network" 0.005 1 0
 done

@@ -22,15 +22,12 @@ PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
 # Rows of the first page: kind, method and basis of the runs.
 ROWS = {
     "SGD": ("full", "SGD", None),
-    "SGD at epoch T": ("partial", "SGD", None),
-    "SGD, from snapshot T": ("continued", "SGD", None),
-    "weight average": ("average", "weight average", None),
-    "P-BFGS": ("subspace", "P-BFGS", None),
-    "P-SGD": ("subspace", "P-SGD", None),
-    "P-SGD, random basis": ("subspace", "P-SGD", "random"),
+    "weight average of the later half": ("average", "weight average", None),
+    "P-SGD, k dimensions": ("subspace", "P-SGD", None),
+    "P-SGD, k random dimensions": ("subspace", "P-SGD", "random"),
 }
 # What the first page calls the data, and the levels of noise there.
-SHOWN = {"cifar": ("CIFAR-10", (0.0, 0.4)), "digits-full": ("digits", (0.0, 0.4, 0.8))}
+SHOWN = {"cifar": ("CIFAR-10", (0.0, 0.4)), "digits-full": ("digits", (0.4,))}
 TIMED = ("digits-full",)  # the others shared the machine
 
 
@@ -48,8 +45,6 @@ def is_of_later_half(row: dict) -> bool:
 def rows_of(experiment: str, noise: float) -> dict[str, dict]:
     """The row of each of ROWS that an experiment has, from the start and without a name."""
     rows = [row for row in measured(experiment)["results"] if row["noise"] == noise]
-    averages = [row for row in rows if is_of_later_half(row)]
-    average = max(averages, key=lambda row: row["total epochs"])  # the others have fewer snapshots
     chosen: dict[str, dict] = {}
     for name, kind in ROWS.items():
         alike = [
@@ -57,12 +52,11 @@ def rows_of(experiment: str, noise: float) -> dict[str, dict]:
             for row in rows
             if (row["kind"], row["method"], row["variant"].get("basis")) == kind
             and not row["run"]
-            and (row["kind"] == "continued" or "start" not in row["variant"])
+            and "start" not in row["variant"]
         ]
-        if name == "SGD at epoch T":  # of the snapshots of that average, not of other runs'
-            alike = [row for row in alike if row["total epochs"] == average["total epochs"]]
-        elif name == "weight average":
-            alike = [average]
+        if kind[0] == "average":  # others are of fewer snapshots
+            halves = [row for row in rows if is_of_later_half(row)]
+            alike = [max(halves, key=lambda row: row["total epochs"])]
         if len(alike) > 1:
             raise ValueError(f"{experiment}.json: several rows of {name}")
         if alike:
@@ -76,11 +70,7 @@ def main_table() -> str:
     columns = {f"{data}, c = {c:g}": rows_of(name, c) for data, name, c in shown}
     table = []
     for name in ROWS:
-        alike = [rows[name] for rows in columns.values() if name in rows]
-        titles = {row["title"].removesuffix(", BN update") for row in alike}
-        cells = {"": titles.pop() if len(titles) == 1 else name}
-        for key in ("k", "total epochs"):
-            cells[key] = " / ".join(dict.fromkeys(str(row[key]) for row in alike))
+        cells = {"": name}
         for column, rows in columns.items():
             cells[column] = report_tables.mean_std(rows.get(name, {}).get("final"), 2)
         table.append(cells)
