@@ -203,12 +203,14 @@ def compute_basis(
     dtype, k = getattr(torch, args.basis_dtype), args.n_components
     # Apple's GPUs have no float64, which the PCA needs.
     device = "cpu" if args.device == "mps" else args.device
-    if args.basis == "pca":
-        return pca(samples, k, names=names, device=device, dtype=dtype)
     if args.basis == "schmidt":
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
         # same in either: SGD, and BFGS from the identity, are equivariant to rotations.
-        return pca(samples, max(1, len(samples) - 1), names=names, device=device, dtype=dtype)
+        k = max(1, len(samples) - 1)
+    if isinstance(k, int):  # otherwise k is known after the PCA only
+        check_basis_memory(k, n, dtype, device)
+    if args.basis in ("pca", "schmidt"):
+        return pca(samples, k, names=names, device=device, dtype=dtype)
     if args.basis == "random":
         if isinstance(k, float) or k > n:
             raise ValueError(f"{k}: allowed with --basis random: a whole number up to {n}")
@@ -224,7 +226,6 @@ def compute_basis(
 def random_basis(k: int, n: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
     """k orthonormal rows (k, n) of a uniformly random subspace, the same on every device."""
     check_basis_memory(k, n, torch.float32, "cpu")  # where it is drawn
-    check_basis_memory(k, n, dtype, device)
     # Of a stream that is not the initialization's: the first row would resemble its weights.
     generator = torch.Generator().manual_seed(int(rng(seed, "basis").integers(2**63)))
     basis = torch.randn(k, n, generator=generator).to(device)
