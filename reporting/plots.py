@@ -93,14 +93,20 @@ def set_scale(axis: Axis, scale: str) -> None:
 
 
 def add_legend(figure: Figure, handles: Sequence, names: Sequence[str], **settings: str) -> None:
-    """A legend above the axes, in as many columns, up to three, as fit beside each other."""
+    """A legend above the axes, in as many columns, up to three, as fit beside each other.
+
+    A narrow figure becomes higher by it.
+    """
     names = [textwrap.fill(name, round(11 * figure.get_figwidth())) for name in names]
     for columns in (3, 2, 1):
         settings |= {"loc": "outside upper center", "ncols": columns}
         legend = figure.legend(handles, names, **settings)
-        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
-            return
+        extent = legend.get_window_extent()
+        if columns == 1 or extent.width < figure.bbox.width:
+            break
         legend.remove()
+    if figure.get_figwidth() == NARROW:
+        figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
 
 
 def panels(

@@ -177,6 +177,18 @@ def test_accuracy_against_k_has_sgd_and_the_average_as_lines(run):
     assert {name: heights[name] for name in finals} == finals
 
 
+def test_a_legend_takes_nothing_from_a_narrow_plot():
+    """Oracle: the plot's height with one name and with eight, as matplotlib lays it out."""
+    heights = []
+    for count in (1, 8):
+        series = {f"P-SGD, variant {number}": {2: [50.0], 4: [60.0]} for number in range(count)}
+        styles = plots.styles(dict.fromkeys(series, "P-SGD"))
+        figure = plots.against("k", series, styles, narrow=True)
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[0] == pytest.approx(heights[1], rel=0.05)
+
+
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_the_same_figure_is_the_same_file(kind):
     """Oracle: a second drawing of it."""
