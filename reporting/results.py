@@ -220,7 +220,10 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
     Like all that reads here, it raises an exception of any kind where there is none.
     """
     if not (directory / "config.json").is_file():
-        raise ValueError("there is no config.json; a report is of directories that a run has made")
+        raise ValueError(
+            "there is no config.json; allowed: a --save-dir with the trajectory of train_sgd.py "
+            "(runs on --samples have none)"
+        )
     config = json.loads((directory / "config.json").read_text())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     kind = config["kind"]
@@ -246,6 +249,8 @@ def epoch_of(trajectory: Result, snapshot: int) -> float:
 def read_on_snapshots(directory: Path, trajectory: Result, digest: Callable) -> Iterator[Result]:
     """The run in a directory, and its trajectory at the last snapshot of a subspace run."""
     run = read_run(directory, trajectory)
+    if run.arguments.get("samples"):
+        raise ValueError("a run on --samples, which are not of this trajectory")
     for name in EXPERIMENT:
         if run.arguments.get(name) != trajectory.arguments.get(name):
             raise ValueError(f"not of the experiment in {trajectory.directory}, see {name}")

@@ -96,6 +96,17 @@ def test_training_that_goes_on_from_a_snapshot_between_epochs(tmp_path):
     assert (row["epochs"], row["total epochs"]) == (1, 3)
 
 
+def test_a_run_on_other_samples_is_not_of_this_trajectory(run, tmp_path):
+    """Oracle: a config.json that names --samples."""
+    copy, problems = shutil.copytree(run, tmp_path / "run"), []
+    rewrite(copy / "psgd_random" / "config.json", samples=["elsewhere.ckpt"])
+    titles = {result.title for result in results.read([copy], problems)}
+    assert "P-SGD, random basis" not in titles
+    assert problems == [
+        f"{copy / 'psgd_random'}: a run on --samples, which are not of this trajectory"
+    ]
+
+
 def test_what_a_run_recorded_is_told(run, tmp_path):
     """Oracle: a session with another learning rate, and a row that says that statistics lag."""
     copy = shutil.copytree(run, tmp_path / "run")
