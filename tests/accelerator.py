@@ -47,6 +47,13 @@ class Module(_DummyBackendModule):
 
     events: list[Event] | None = None
 
+    def get_rng_state(self) -> Tensor:
+        """Nothing: all random numbers are drawn by the CPU's generator."""
+        return torch.empty(0)
+
+    def set_rng_state(self, state: Tensor) -> None:
+        """Nothing to set."""
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """The types that autocast takes."""
         return [torch.bfloat16]
