@@ -189,7 +189,15 @@ def autocast(operation: Any, *args: Any) -> Any:
         return operation(*half)
 
 
+def deepcopied(tensor: Tensor, memo: dict) -> Tensor:
+    """What copy.deepcopy makes of a tensor: torch would clone a storage that is not there."""
+    if not is_here(tensor) or id(tensor) in memo:
+        return deepcopy(tensor, memo)
+    return memo.setdefault(id(tensor), tensor.detach().clone())
+
+
 _setup_privateuseone_for_python_backend(NAME, MODULE)
+deepcopy, Tensor.__deepcopy__ = Tensor.__deepcopy__, deepcopied
 # Kernels are there as long as these are.
 LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 LIBRARIES[0].fallback(run, "PrivateUse1")

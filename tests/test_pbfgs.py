@@ -180,7 +180,7 @@ def test_accumulated_batches_make_one_step(batch, orthonormal):
     ends = []
     for size in (16, 8, 11):
         subspace = Subspace(copy.deepcopy(model), orthonormal(5, 1930)).train()
-        args = argparse.Namespace(batch_size=size, half=False, weight_decay=0.01)
+        args = argparse.Namespace(batch_size=size, half=False, weight_decay=0.01, optimizer=None)
         optimizer = PBFGS([subspace.coordinates])
         results = [take_step(subspace, optimizer, images, labels, args=args) for _ in range(5)]
         assert results[-1][1].shape == (16, 10)

@@ -1,7 +1,6 @@
 """What is minimized, and what is measured: loss, penalty, test loss and accuracy."""
 
 import argparse
-import copy
 from collections import Counter
 from collections.abc import Iterable
 
@@ -85,7 +84,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable, half: bool) -> Non
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [layer.momentum for layer in layers]
-    before = [copy.deepcopy(layer._buffers) for layer in layers]
+    before = [{name: v.clone() for name, v in layer._buffers.items()} for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean of all batches
