@@ -258,12 +258,17 @@ def check_modes(model: nn.Module) -> None:
     if all(type(module).train is nn.Module.train for module in model.modules()):
         return
     modes = {module: module.training for module in model.modules()}
-    state = [(n, v) for n, v in model.state_dict().items() if isinstance(v, Tensor)]
-    before = {name: value.clone() for name, value in state}
+    state = model.state_dict() | dict(model.named_parameters())
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    before = {name: value.clone() for name, value in state.items()}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(1)  # adapters begin at zero, where merging them changes nothing
+    shifted = {name: value.clone() for name, value in state.items()}
     model.train(not model.training)
-    changed = [name for name, value in state if not torch.equal(value, before[name])]
+    changed = [name for name, value in state.items() if not torch.equal(value, shifted[name])]
     model.train(not model.training)
-    for name, value in state:
+    for name, value in state.items():
         value.copy_(before[name])
     for module, mode in modes.items():
         module.training = mode

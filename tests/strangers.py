@@ -110,11 +110,11 @@ class ByHand(Small):
 
 
 class Merging(Small):
-    """Adds an adapter to its weight for evaluation, as loralib's layers do by default."""
+    """Adds an adapter, 0 at first, to its weight for evaluation, as loralib's layers do."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__(num_classes)
-        self.adapter = nn.Parameter(torch.full((num_classes, 72), 0.1))
+        self.adapter = nn.Parameter(torch.zeros(num_classes, 72))
         self.head.weight.requires_grad_(False)
         self.merged = False
 
