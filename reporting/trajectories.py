@@ -14,8 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dldr.pca import centered, gram_matrices, principal_axes, random_walk_gram, step_lengths
-from dldr.pca import with_names as named
+from dldr.pca import (
+    centered,
+    gram_matrices,
+    principal_axes,
+    random_walk_gram,
+    step_lengths,
+    with_names,
+)
 
 SHARES = (0.9, 0.95, 0.99)  # of the variance, for which components are counted
 LEADING = (1, 2, 5, 10, 20, 40)  # numbers of components whose shares are told
@@ -116,7 +122,7 @@ def measure(
     snapshots: Sequence[Mapping[str, Tensor]], names: Sequence[str], by_layer: bool
 ) -> dict[str, Tensor]:
     """The Gram matrix of each layer, or of all parameters under "", in one read."""
-    snapshots, names = named(snapshots, names)
+    snapshots, names = with_names(snapshots, names)
     return gram_matrices(snapshots, names, layer_of if by_layer else lambda name: "")
 
 

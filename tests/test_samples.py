@@ -8,6 +8,7 @@ import torch
 from conftest import DIGITS
 from safetensors.torch import save_file
 
+import models
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -95,3 +96,13 @@ def test_pretrained_weights_with_a_prefix_and_a_key(checkpoints, sampled):
     run = [*DIGITS, "--epochs", "1", "--evaluate"]
     row = train_sgd.main([*run, "--pretrained", "ckpt/epoch=6.ckpt", "--key", "state_dict"])
     assert row == train_sgd.main([*run, "--pretrained", str(sampled / "6.pt")])
+
+
+def test_pretrained_weights_with_a_prefix_and_another_head(checkpoints, capsys):
+    """As of a network fine-tuned by Lightning. Oracle: what is said to be left as it is."""
+    state = models.build("resnet8", 7).state_dict()
+    torch.save({f"net.{name}": value for name, value in state.items()}, "weights.pt")
+    run = [*DIGITS, "--epochs", "1", "--save-dir", "new", "--pretrained", "weights.pt"]
+    train_sgd.main(run)
+    assert "left as initialized: linear.weight, linear.bias" in capsys.readouterr().out
+    assert torch.equal(torch.load("new/0.pt")["conv1.weight"], state["conv1.weight"])

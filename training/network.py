@@ -18,7 +18,7 @@ import models
 from dldr.distributed import in_turn, on_rank0, print0
 from dldr.parameters import overlaps, trainable
 from dldr.subspace import check_modes
-from dldr.trajectory import fitting, load_state_dict
+from dldr.trajectory import fitting, load_state_dict, prefixes, without
 from training.errors import InputError, blame
 from utils import Data, seed_all
 
@@ -239,7 +239,9 @@ def renamed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     own = module.state_dict()
     names = {bare(name): name for name in own}
     spelled = {names.get(bare(name), name): value for name, value in state.items()}
-    nearest = max(dict(state), spelled, key=lambda spelling: len(own.keys() & spelling))
+    begun = prefixes(spelled, [([bare(next(iter(own), ""))], None)])
+    spellings = [dict(state), spelled, *(without(prefix, spelled) for prefix in begun)]
+    nearest = max(spellings, key=lambda spelling: len(own.keys() & spelling))
     counters = [name for name in own if name.endswith("num_batches_tracked")]
     return {name: torch.zeros((), dtype=torch.long) for name in counters} | nearest
 
