@@ -100,9 +100,7 @@ def export(snapshots: Sequence[Snapshot], directory: Path) -> None:
     if any(directory.glob("*.pt")):
         raise InputError(f"--export: {directory} holds snapshots; allowed: a new directory")
     for number, snapshot in enumerate(snapshots):
-        # Copies: a view would be saved with all of the file that it is a view of.
-        copies = {name: value.clone() for name, value in snapshot.items()}
-        save(directory / f"{number}.pt", copies)
+        save(directory / f"{number}.pt", dict(snapshot))
 
 
 def describe(

@@ -137,7 +137,7 @@ def angles(gram: Tensor, first: int, k: int) -> Tensor:
     `gram` is their joint Gram matrix, the `first` ones before the others. The span of a set is that
     of its first k principal components, about its own mean.
     """
-    cosines = centered(gram[:first, first:])
+    cosines = gram[:first, first:]  # the eigenvectors take care of the means
     for own in (gram[:first, :first], gram[first:, first:]):
         variances, vectors = principal_axes(centered(own))
         cosines = ((vectors[:, :k] / variances[:k].sqrt()).T @ cosines).T
