@@ -207,7 +207,7 @@ def compute_basis(
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
         # same in either: SGD, and BFGS from the identity, are equivariant to rotations.
         k = max(1, len(samples) - 1)
-    if isinstance(k, int):  # otherwise k is known after the PCA only
+    if isinstance(k, int) and k <= n:  # a fraction: known after the PCA only; more: refused below
         check_basis_memory(k, n, dtype, device)
     if args.basis in ("pca", "schmidt"):
         return pca(samples, k, names=names, device=device, dtype=dtype)
