@@ -93,12 +93,19 @@ def choose_names(args: argparse.Namespace, snapshot: Snapshot) -> list[str]:
     return chosen
 
 
+def check_directories(args: argparse.Namespace) -> None:
+    """InputError, before anything is read, where what is to be written cannot be."""
+    for option, directory in (("--out", args.out), ("--export", args.export)):
+        if directory and directory.exists() and not directory.is_dir():
+            raise InputError(f"{option} {directory}: not a directory")
+    if args.export and any(args.export.glob("*.pt")):
+        raise InputError(f"--export: {args.export} holds snapshots; allowed: a new directory")
+
+
 def export(snapshots: Sequence[Snapshot], directory: Path) -> None:
-    """Write the snapshots as N.pt; InputError for a directory that holds such files already."""
+    """Write the snapshots as N.pt."""
     with blame("--export"):
         directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.glob("*.pt")):
-        raise InputError(f"--export: {directory} holds snapshots; allowed: a new directory")
     for number, snapshot in enumerate(snapshots):
         save(directory / f"{number}.pt", dict(snapshot))
 
@@ -158,6 +165,7 @@ def told(numbers: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Write the page and print its tables; returns what trajectory.json holds."""
     args = get_options().parse_args(argv)
+    check_directories(args)
     snapshots = load(args, args.files)
     compared = load(args, args.compare) if args.compare else []
     names, sizes = choose_names(args, snapshots[0]), Counter()

@@ -182,7 +182,8 @@ REFUSED = {
     "run --key model": "no weights under the key model; allowed: net",
     "run --names x": "--names: found in none of 0.weight",
     "run --names (": "--names: '(' is no regular expression",
-    "run --out run/epoch_0.pth": "--out",
+    "run --out run/epoch_0.pth": "--out run/epoch_0.pth: not a directory",
+    "run --export same": "--export: same holds snapshots",
     "run --compare same": "same/0.pt lacks 0.weight",
 }
 
