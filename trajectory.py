@@ -35,11 +35,11 @@ def get_options() -> Parser:
         help="another trajectory of the same network: the principal angles between their spans")
     add("--n_components", "--n-components", type=positive, metavar="K", default=40,
         help="components whose span is compared, or one less than the snapshots")
-    add("--names", type=pattern, metavar="REGEX", default="",
+    add("--names", type=pattern, metavar="REGEX",
         help="only parameters in whose names this regular expression is found")
     add("--by-layer", action="store_true", help="also a table of all layers")
     add("--key", metavar="KEY", help="where in the files the weights are, such as ema")
-    add("--prefix", metavar="PREFIX", default="", help="what names begin with, such as model.")
+    add("--prefix", metavar="PREFIX", help="what names begin with, such as model.")
     add("--export", type=path, metavar="DIR",
         help="write the snapshots as 0.pt, 1.pt, …, for the other scripts' --save-dir")
     add("--out", type=path, metavar="DIR", default="trajectory",
@@ -81,13 +81,13 @@ from training.files import save
 def load(args: argparse.Namespace, files: Sequence[str]) -> list[Snapshot]:
     """The snapshots in files; what is left out of them is told."""
     with blame(), warnings_told():
-        return load_trajectory(files, key=args.key, prefix=args.prefix)
+        return load_trajectory(files, key=args.key, prefix=args.prefix or "")
 
 
 def choose_names(args: argparse.Namespace, snapshot: Snapshot) -> list[str]:
     """The parameters that --names names; InputError where there are none."""
     names = parameter_names(snapshot)
-    chosen = [name for name in names if re.search(args.names, name)]
+    chosen = [name for name in names if re.search(args.names or "", name)]
     if not chosen:
         raise InputError(f"--names: found in none of {', '.join(names[:5])}, …")
     return chosen
@@ -133,7 +133,7 @@ def describe(
     if args.by_layer:
         layers = {layer: centered(gram[:first, :first]) for layer, gram in grams.items()}
         numbers["layers"] = list(layer_quantities(layers, sizes))
-    numbers["commands"] = next_steps(args.files, k)
+    numbers["commands"] = next_steps([*args.files, *(["--key", args.key] if args.key else [])], k)
     return numbers, figures
 
 

@@ -210,7 +210,7 @@ def text(value: Any) -> str:
 def conclusions(trajectory: Trajectory) -> list[str]:
     """What the comparison with the walk says, in sentences."""
     walk, ratio = trajectory.walk, trajectory.distance / trajectory.walk.distance
-    counts = [of.components(0.95) for of in (trajectory, walk)]
+    count = trajectory.components(0.95)
     dimensions = f"{trajectory.dimension:.2f}, of the walk {walk.dimension:.2f}"
     if trajectory.dimension < walk.dimension:
         verdict = (
@@ -224,8 +224,9 @@ def conclusions(trajectory: Trajectory) -> list[str]:
         )
     direction = "its steps turn back" if ratio < 1 else "its steps share a direction"
     return [
-        f"95 % of the variance of the trajectory lies in {counts[0]} principal components, of a "
-        f"random walk with the same step lengths in {counts[1]}.",
+        f"95 % of the variance of the trajectory lies in {count} principal "
+        f"component{'s' if count > 1 else ''}, of a random walk with the same step lengths in "
+        f"{walk.components(0.95)}.",
         f"The effective dimension of the trajectory is {dimensions}: {verdict}",
         f"Its end is {ratio:.2f} times as far from its start as that of the walk: {direction}.",
     ]
