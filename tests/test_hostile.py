@@ -321,7 +321,7 @@ def test_classes_that_are_not_in_both_parts(size, folder, rejected):
     shutil.rmtree(folder / "test" / "dog")
     assert "data: in training or test only: dog" in rejected(SGD, *options)
     shutil.rmtree(folder / "test" / "cat")
-    assert "any class folder in data/test" in rejected(SGD, *options)
+    assert "any class folder in" in rejected(SGD, *options)
     shutil.rmtree(folder / "train")
     assert "data/train" in rejected(SGD, *options)
 
