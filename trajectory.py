@@ -28,23 +28,48 @@ def get_options() -> Parser:
     """The command line."""
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    # fmt: off
-    add("files", nargs="+", metavar="FILES",
-        help="snapshots: files, folders or globs, in the order of the numbers in their names")
-    add("--compare", nargs="+", metavar="FILES",
-        help="another trajectory of the same network: the principal angles between their spans")
-    add("--n_components", "--n-components", type=positive, metavar="K", default=40,
-        help="components whose span is compared, or one less than the snapshots")
-    add("--names", type=pattern, metavar="REGEX",
-        help="only parameters in whose names this regular expression is found")
+    add(
+        "files",
+        nargs="+",
+        metavar="FILES",
+        help="snapshots: files, folders or globs, in the order of the numbers in their names",
+    )
+    add(
+        "--compare",
+        nargs="+",
+        metavar="FILES",
+        help="another trajectory of the same network: the principal angles between their spans",
+    )
+    add(
+        "--n_components",
+        "--n-components",
+        type=positive,
+        metavar="K",
+        default=40,
+        help="components whose span is compared, or one less than the snapshots",
+    )
+    add(
+        "--names",
+        type=pattern,
+        metavar="REGEX",
+        help="only parameters in whose names this regular expression is found",
+    )
     add("--by-layer", action="store_true", help="also a table of all layers")
     add("--key", metavar="KEY", help="where in the files the weights are, such as ema")
     add("--prefix", metavar="PREFIX", help="what names begin with, such as model.")
-    add("--export", type=path, metavar="DIR",
-        help="write the snapshots as 0.pt, 1.pt, …, for the other scripts' --save-dir")
-    add("--out", type=path, metavar="DIR", default="trajectory",
-        help="directory of index.html, trajectory.md, trajectory.json, and figures")
-    # fmt: on
+    add(
+        "--export",
+        type=path,
+        metavar="DIR",
+        help="write the snapshots as 0.pt, 1.pt, …, for the other scripts' --save-dir",
+    )
+    add(
+        "--out",
+        type=path,
+        metavar="DIR",
+        default="trajectory",
+        help="directory of index.html, trajectory.md, trajectory.json, and figures",
+    )
     return parser
 
 

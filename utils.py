@@ -102,9 +102,13 @@ def share(fraction: float, n: int) -> int:
 
 
 def corrupt_labels(
-    labels: Tensor, fraction: float, num_classes: int, seed: int,
-    noise: str = "symmetric", similar: Sequence[int] = (),
-) -> Tensor:  # fmt: skip
+    labels: Tensor,
+    fraction: float,
+    num_classes: int,
+    seed: int,
+    noise: str = "symmetric",
+    similar: Sequence[int] = (),
+) -> Tensor:
     """A copy of `labels` (N,) with ⌊fraction · N⌋ of them replaced; `seed` alone decides which.
 
     They become what `noise` says. "symmetric": drawn uniformly over all classes, so that by chance
@@ -136,7 +140,7 @@ def similar_classes(classes: Sequence[str]) -> list[int]:
 
 def noisy_labels(args: argparse.Namespace, train: Split) -> Tensor:
     """The training labels as --corrupt and --noise make them."""
-    noise, classes = getattr(args, "noise", "symmetric"), len(train.classes)
+    noise, classes = args.noise, len(train.classes)
     if LABEL_FILE.fullmatch(noise):
         return labels_in_file(args, train)
     similar = similar_classes(train.classes) if noise == "asymmetric" else ()
@@ -213,9 +217,15 @@ class TensorLoader:
     """
 
     def __init__(
-        self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None,
-        *, layout: torch.memory_format = torch.contiguous_format
-    ) -> None:  # fmt: skip
+        self,
+        split: Split,
+        dataset: Dataset,
+        batch_size: int,
+        device: str,
+        seed: int | None = None,
+        *,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         self.size, self.layout = split.images.shape[-1], layout
         self.padding = dataset.padding if seed is not None else 0
         self.flip = dataset.flip and seed is not None
@@ -252,9 +262,17 @@ class FileLoader:
     """Labeled image files, decoded by worker processes when needed; else like `TensorLoader`."""
 
     def __init__(
-        self, split: Split, dataset: Dataset, batch_size: int, device: str, seed: int | None = None,
-        *, layout: torch.memory_format = torch.contiguous_format, size: int, workers: int
-    ) -> None:  # fmt: skip
+        self,
+        split: Split,
+        dataset: Dataset,
+        batch_size: int,
+        device: str,
+        seed: int | None = None,
+        *,
+        layout: torch.memory_format = torch.contiguous_format,
+        size: int,
+        workers: int,
+    ) -> None:
         self.files, self.labels, self.batch_size = split.images, split.labels, batch_size
         self.device, self.seed, self.layout = device, seed, layout
         # A scheduler may allow fewer cores than there are; macOS cannot tell.
@@ -428,7 +446,7 @@ DATASETS = {
 
 def dataset_of(args: argparse.Namespace) -> Dataset:
     """The row of DATASETS that the options name, with what they change of it."""
-    given = {name: getattr(args, name, None) for name in PREPROCESSING}  # earlier versions had none
+    given = {name: vars(args)[name] for name in PREPROCESSING}
     changed = {name: given[name] for name in ("mean", "std") if given[name]}
     if given["no_flip"] or given["no_augment"]:
         changed["flip"] = False
@@ -494,7 +512,7 @@ def make_loader(
     dataset, make, size = dataset_of(args), TensorLoader, args.image_size
     if batch_size is None:
         area = max(1.0, (size / IN_MEMORY_PIXELS) ** 2)
-        batch_size = getattr(args, "test_batch_size", None) or max(1, int(TEST_BATCH / area))
+        batch_size = args.test_batch_size or max(1, int(TEST_BATCH / area))
         if world_size() > 1:
             batch_size = max(batch_size, 2 * world_size())  # so that each process has some of it
     if dataset.read is read_folder:
@@ -512,8 +530,8 @@ def load_data(args: argparse.Namespace) -> Data:
     num_classes = len(train.classes)
     labels = noisy_labels(args, train)
     wrong = int((labels != train.labels).sum())
-    batch_size = args.batch_size * getattr(args, "accumulate", 1)
-    seed = getattr(args, "train_seed", None)
+    batch_size = args.batch_size * args.accumulate
+    seed = args.train_seed
     seed = args.randomseed if seed is None else seed
     train = make_loader(train._replace(labels=labels), args, batch_size, seed)
     return Data(train, make_loader(test, args), num_classes, wrong)

@@ -283,9 +283,13 @@ def launches(page: Page) -> None:
 # -------------------------------------------------------------------------------------- main
 
 TABLES = {
-    "data": data, "pca": pca, "step": bench_step.tables, "engine": engine_options,
-    "launches": launches, "pca-large": partial(pca, large=True),
-}  # fmt: skip
+    "data": data,
+    "pca": pca,
+    "step": bench_step.tables,
+    "engine": engine_options,
+    "launches": launches,
+    "pca-large": partial(pca, large=True),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,9 +29,13 @@ from training.setup import parse_args
 
 # What is measured of a `Case`, and its name in the tables.
 NAMES = {
-    "network": "network", "forward": "no-grad forward", "product": "Pᵀz", "projection": "P g",
-    "psgd": "P-SGD", "pbfgs": "P-BFGS",
-}  # fmt: skip
+    "network": "network",
+    "forward": "no-grad forward",
+    "product": "Pᵀz",
+    "projection": "P g",
+    "psgd": "P-SGD",
+    "pbfgs": "P-BFGS",
+}
 COMPARED = ["trials", "P-SGD × limit", "P-BFGS × limit"]
 STEPS = "network", "forward", "psgd", "pbfgs"
 PRODUCTS = "network", "product", "projection", "psgd"

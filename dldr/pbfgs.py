@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dldr.distributed import broadcast
+from dldr.parameters import overlaps
 
 
 class PBFGS(torch.optim.Optimizer):
@@ -131,7 +132,8 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracks
         with torch.no_grad():
             for tensors, name, tensor, value in kept:
-                tensor.copy_(value)
+                if not overlaps(tensor):  # nothing can have written to such a view
+                    tensor.copy_(value)
                 tensors[name] = tensor
 
 

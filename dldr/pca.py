@@ -14,9 +14,14 @@ BLOCK = 2**24  # numbers of all snapshots together that are held in float64 at a
 
 @torch.no_grad()
 def pca(
-    snapshots: Any, n_components: int | float, *, model: nn.Module | None = None,
-    names: Iterable[str] | None = None, device: Any = "cpu", dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    snapshots: Any,
+    n_components: int | float,
+    *,
+    model: nn.Module | None = None,
+    names: Iterable[str] | None = None,
+    device: Any = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Principal components of T snapshots: basis (k, n), explained_variance_ratio (k,).
 
     `snapshots` is a matrix (T, n), a sequence of vectors (n,), as `flatten` makes them, or of state

@@ -303,8 +303,9 @@ def inspect_graph(values: dict[str, Tensor], outputs: Any) -> bool:
     if unused:
         others = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         warnings.warn(
-            f"Subspace: the output does not depend on {', '.join(unused[:3])}{others}; a layer "
-            "that keeps a parameter elsewhere than in its attribute, in a list, say, uses θ_0",
+            f"Subspace: the output does not depend on {', '.join(unused[:3])}{others}. Unless "
+            "layers are dropped at random, these are unused, or a layer reads them from elsewhere "
+            "than its attribute, a list, say, and finds θ_0",
             stacklevel=3,
         )
     return True

@@ -45,10 +45,18 @@ def make_network(seed: int) -> GPT2LMHeadModel:
 def train_by_trainer(network: nn.Module, data: Tensor, epochs: int, seed: int, folder: str) -> None:
     """Train all parameters with AdamW; checkpoint-N is written after each epoch."""
     settings = TrainingArguments(
-        folder, num_train_epochs=epochs, per_device_train_batch_size=BATCH, learning_rate=3e-3,
-        save_strategy="epoch", save_only_model=True, logging_strategy="no", report_to=[],
-        disable_tqdm=True, use_cpu=True, seed=seed,
-    )  # fmt: skip
+        folder,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=BATCH,
+        learning_rate=3e-3,
+        save_strategy="epoch",
+        save_only_model=True,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+    )
     rows = [{"input_ids": sequence, "labels": sequence} for sequence in data]
     trainer = Trainer(network, settings, train_dataset=rows)
     trainer.save_model(f"{folder}/checkpoint-0")  # θ_0, which the Trainer does not save

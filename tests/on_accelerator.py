@@ -328,7 +328,10 @@ def test_views_share_memory_and_events_are_told():
     assert total == 2
     assert torch.equal(matrix.cpu(), torch.ones(2, 3))
     assert [(event.kind, event.name) for event in events] == [
-        ("launch", "zero_"), ("launch", "add"), ("launch", "sum"),
-        ("sync", "_local_scalar_dense"), ("copy", "copy_"),
-    ]  # fmt: skip
+        ("launch", "zero_"),
+        ("launch", "add"),
+        ("launch", "sum"),
+        ("sync", "_local_scalar_dense"),
+        ("copy", "copy_"),
+    ]
     assert {event.line.partition(":")[0] for event in events} == {"tests/on_accelerator.py"}

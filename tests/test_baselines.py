@@ -153,9 +153,12 @@ def test_average_is_the_mean_and_a_row_of_the_report(copy, capsys, undrawn):
     rows = report.main([str(copy), "--out", str(copy / "report")])
     table = {row["title"]: row for row in rows}
     assert table.keys() == {
-        "SGD", "weight average (snapshots 3–6)", "P-SGD, random basis",
-        "P-SGD, from mean, BN update", "P+-BFGS",
-    }  # fmt: skip
+        "SGD",
+        "weight average (snapshots 3–6)",
+        "P-SGD, random basis",
+        "P-SGD, from mean, BN update",
+        "P+-BFGS",
+    }
     mean, random = table["weight average (snapshots 3–6)"], table["P-SGD, random basis"]
     assert (mean["epochs"], mean["total epochs"]) == (0, 6)
     assert (random["k"], random["epochs"], random["total epochs"]) == (5, 2, 8)

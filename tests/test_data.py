@@ -42,9 +42,14 @@ def random_split(n=20, size=8, seed=0):
 
 def test_sizes_have_a_unit_in_which_they_show():
     for size, text in (
-        (0, "0.0 bytes"), (1023, "1023.0 bytes"), (1024, "1.0 KiB"), (303_136, "296.0 KiB"),
-        (5 * 2**20, "5.0 MiB"), (2**30 - 1, "1024.0 MiB"), (2**40, "1024.0 GiB"),
-    ):  # fmt: skip
+        (0, "0.0 bytes"),
+        (1023, "1023.0 bytes"),
+        (1024, "1.0 KiB"),
+        (303_136, "296.0 KiB"),
+        (5 * 2**20, "5.0 MiB"),
+        (2**30 - 1, "1024.0 MiB"),
+        (2**40, "1024.0 GiB"),
+    ):
         assert training.memory.size_text(size) == text
 
 

@@ -39,9 +39,13 @@ def test_channels_last_is_how_the_same_images_lie(batch):
 
 @pytest.mark.parametrize(
     ("given", "device", "decided"),
-    [([], "cpu", True), ([], "cuda", False), (["--channels-last"], "cuda", True),
-     (["--no-channels-last"], "cpu", False)],
-)  # fmt: skip
+    [
+        ([], "cpu", True),
+        ([], "cuda", False),
+        (["--channels-last"], "cuda", True),
+        (["--no-channels-last"], "cpu", False),
+    ],
+)
 def test_channels_last_is_for_the_cpu_unless_told(given, device, decided, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     assert training.setup.parse_args(train_sgd.get_options(), given).channels_last is decided

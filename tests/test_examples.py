@@ -274,9 +274,13 @@ def test_all_additions_together(tmp_path):
         apply(diff, tree)
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     subprocess.run(
-        ["bash", "run.sh", "stripes"], cwd=tree, check=True, capture_output=True, text=True,
+        ["bash", "run.sh", "stripes"],
+        cwd=tree,
+        check=True,
+        capture_output=True,
+        text=True,
         env={"PATH": path, "OMP_NUM_THREADS": "1", "seed": "1", "HOME": str(tmp_path)},
-    )  # fmt: skip
+    )
     (save_dir,) = tree.glob("save_*")
     rows = [json.loads(line) for line in (save_dir / "psign" / "metrics.jsonl").open()]
     assert rows[-1]["test_acc"] > 90

@@ -41,8 +41,11 @@ def test_every_run_is_a_command_of_the_scripts(experiment):
             continue
         of = trajectories[save_dir]
         assert (args.datasets, args.corrupt, args.randomseed, args.smalldatasets) == (
-            of.datasets, of.corrupt, of.randomseed, of.smalldatasets
-        )  # fmt: skip
+            of.datasets,
+            of.corrupt,
+            of.randomseed,
+            of.smalldatasets,
+        )
         numbers = range(args.params_start, args.params_end or 51, args.params_stride)
         if args.average:
             numbers = range(*args.average)

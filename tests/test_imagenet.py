@@ -49,8 +49,18 @@ def photographs(tmp_path, monkeypatch):
             for number in range(count):
                 x, y = (int(torch.randint(most, (), generator=generator)) for most in (340, 170))
                 image.crop((x, y, x + 300, y + 250)).save(folder / f"{number}.jpg")
-    return ["--datasets", "ImageNet", "--data-dir", str(tmp_path), "--arch", "photographed:patches",
-            "--batch-size", "10", "--workers", "1"]  # fmt: skip
+    return [
+        "--datasets",
+        "ImageNet",
+        "--data-dir",
+        str(tmp_path),
+        "--arch",
+        "photographed:patches",
+        "--batch-size",
+        "10",
+        "--workers",
+        "1",
+    ]
 
 
 def test_the_chain(photographs, tmp_path):

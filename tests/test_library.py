@@ -296,6 +296,7 @@ class Traces(nn.Module):
         self.layer, self.teacher = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("ones", torch.ones(1).expand(3))
         self.norm = nn.BatchNorm1d(3)
 
     def forward(self, inputs):

@@ -23,27 +23,63 @@ ALL = (*SCRIPTS, report, trajectory)
 # A type of options.py, what it takes and makes of it, what it refuses, words of its message.
 WORDS = "1.5 1e3 0x10 inf nan many ''"
 TYPES = {
-    "positive": (options.positive, {"1": 1, "2147483647": 2**31 - 1}, f"0 -1 2147483648 {WORDS}",
-                 "whole number from 1 to 2³¹"),
+    "positive": (
+        options.positive,
+        {"1": 1, "2147483647": 2**31 - 1},
+        f"0 -1 2147483648 {WORDS}",
+        "whole number from 1 to 2³¹",
+    ),
     "natural": (options.natural, {"0": 0, "7": 7}, f"-1 2147483648 {WORDS}", "from 0 to 2³¹"),
-    "nonnegative": (options.nonnegative, {"0": 0.0, "1e-4": 1e-4}, "-1 nan inf 1e39 some 0,4 ''",
-                    "a number from 0"),
-    "fraction": (options.fraction, {"0": 0.0, "0.4": 0.4, "1": 1.0}, "-0.1 1.01 nan inf 40% ''",
-                 "a number from 0 to 1"),
-    "above": (options.between(float, 0, 1, above=True), {"0.1": 0.1, "1": 1.0}, "0 -1 1.01 nan ''",
-              "above 0, at most 1"),
-    "components": (options.components, {"40": 40, "0.99": 0.99},
-                   "0 -1 0.0 1.0 1.5 1e2 nan inf all ''", "whole number from 1, or a fraction"),
+    "nonnegative": (
+        options.nonnegative,
+        {"0": 0.0, "1e-4": 1e-4},
+        "-1 nan inf 1e39 some 0,4 ''",
+        "a number from 0",
+    ),
+    "fraction": (
+        options.fraction,
+        {"0": 0.0, "0.4": 0.4, "1": 1.0},
+        "-0.1 1.01 nan inf 40% ''",
+        "a number from 0 to 1",
+    ),
+    "above": (
+        options.between(float, 0, 1, above=True),
+        {"0.1": 0.1, "1": 1.0},
+        "0 -1 1.01 nan ''",
+        "above 0, at most 1",
+    ),
+    "components": (
+        options.components,
+        {"40": 40, "0.99": 0.99},
+        "0 -1 0.0 1.0 1.5 1e2 nan inf all ''",
+        "whole number from 1, or a fraction",
+    ),
     "sample": (options.sample_or_mean, {"0": 0, "Mean": "mean"}, f"-1 median {WORDS}", "or mean"),
-    "name": (options.run_name, {"psgd_random": "psgd_random", "a.b-1": "a.b-1"},
-             "'' . .. ../x a/b /tmp 1 _ -1 'a b'", "a name like"),
-    "path": (options.path, {"a/b": Path("a/b"), ".": Path()}, f"'' {'x' * 256} a/{'ä' * 128}",
-             "1 to 255 bytes"),
-    "basis": (options.basis, {"PCA": "pca", "a/mine.npz": "a/mine.npz"}, "pcb foo . mine.txt ''",
-              ""),
-    "one of": (options.one_of("dataset", options.DATASETS), {"cifar10": "CIFAR10"},
-               "CIFAR11 digit ''", ""),
-}  # fmt: skip
+    "name": (
+        options.run_name,
+        {"psgd_random": "psgd_random", "a.b-1": "a.b-1"},
+        "'' . .. ../x a/b /tmp 1 _ -1 'a b'",
+        "a name like",
+    ),
+    "path": (
+        options.path,
+        {"a/b": Path("a/b"), ".": Path()},
+        f"'' {'x' * 256} a/{'ä' * 128}",
+        "1 to 255 bytes",
+    ),
+    "basis": (
+        options.basis,
+        {"PCA": "pca", "a/mine.npz": "a/mine.npz"},
+        "pcb foo . mine.txt ''",
+        "",
+    ),
+    "one of": (
+        options.one_of("dataset", options.DATASETS),
+        {"cifar10": "CIFAR10"},
+        "CIFAR11 digit ''",
+        "",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TYPES)

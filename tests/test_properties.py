@@ -28,14 +28,18 @@ def networks(draw) -> nn.Module:
     for number, (a, b) in enumerate(itertools.pairwise(channels)):
         kind = draw(st.sampled_from(["linear", "conv", "norm", "embedding", "block", "none"]))
         bias = draw(st.booleans())
-        layers.append({
-            "linear": lambda a=a, b=b, bias=bias: nn.Linear(a, b, bias=bias),
-            "conv": lambda a=a, b=b, bias=bias: nn.Conv2d(a, b, (1, 3), bias=bias),
-            "norm": lambda a=a: nn.BatchNorm1d(a),
-            "embedding": lambda a=a, b=b: nn.Embedding(a, b),
-            "block": lambda a=a, b=b: nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a)),
-            "none": nn.Flatten,
-        }[kind if number else "linear"]())  # fmt: skip
+        layers.append(
+            {
+                "linear": lambda a=a, b=b, bias=bias: nn.Linear(a, b, bias=bias),
+                "conv": lambda a=a, b=b, bias=bias: nn.Conv2d(a, b, (1, 3), bias=bias),
+                "norm": lambda a=a: nn.BatchNorm1d(a),
+                "embedding": lambda a=a, b=b: nn.Embedding(a, b),
+                "block": lambda a=a, b=b: nn.Sequential(
+                    nn.Linear(a, b), nn.ReLU(), nn.Linear(b, a)
+                ),
+                "none": nn.Flatten,
+            }[kind if number else "linear"]()
+        )
     network = nn.Sequential(*layers)
     return network.double() if draw(st.booleans()) else network
 

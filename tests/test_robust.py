@@ -273,9 +273,14 @@ def test_the_chain_ends_with_its_script(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
-        ["./run.sh", "digits"], cwd=tmp_path, env=environment, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
+        ["./run.sh", "digits"],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         assert any("epoch   2/" in line for line in iter(process.stdout.readline, ""))
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=200)
@@ -334,9 +339,12 @@ def test_a_full_disk_stops_with_a_line_and_the_run_resumes_later(name, sampled, 
     script, argv, save_dir = start(name, sampled, tmp_path)
     command = [sys.executable, f"{script.__name__}.py", *argv, "--resume"]
     full = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True,
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000)),
-    )  # fmt: skip
+    )
     assert full.returncode == 1, full.stderr
     (line,) = full.stderr.splitlines()
     assert "File too large" in line
@@ -507,8 +515,15 @@ def test_a_second_run_says_that_another_holds_the_directory(tmp_path, refused):
     assert (directory / ".lock").exists(), "a killed process leaves it"
     train_sgd.main([str(word) for word in argv])
     left = {file.name for file in directory.iterdir()}
-    assert left == {"0.pt", "1.pt", "checkpoint.pt", "config.json", "metrics.jsonl", "mine.tmp",
-                    "model.th"}  # fmt: skip
+    assert left == {
+        "0.pt",
+        "1.pt",
+        "checkpoint.pt",
+        "config.json",
+        "metrics.jsonl",
+        "mine.tmp",
+        "model.th",
+    }
 
 
 FORK = """

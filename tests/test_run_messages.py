@@ -90,9 +90,15 @@ def test_a_test_at_chance_says_what_to_try(copy, capsys):
 
 @pytest.mark.parametrize(
     ("train", "test", "classes", "lags"),
-    [(61, 10.3, 10, True), (61, 40, 10, False), (15, 10, 10, False), (80, 51, 2, True),
-     (60, 50, 2, False), (60, 1.2, 100, True)],
-)  # fmt: skip
+    [
+        (61, 10.3, 10, True),
+        (61, 40, 10, False),
+        (15, 10, 10, False),
+        (80, 51, 2, True),
+        (60, 50, 2, False),
+        (60, 1.2, 100, True),
+    ],
+)
 def test_when_statistics_are_said_to_lag(train, test, classes, lags):
     """Distances from chance to 100 %, in tenths: a test below one, training above two."""
     from torch import nn

@@ -198,8 +198,11 @@ def test_finetune_starts_from_what_was_trained(project, tiny):
     assert all(f"save-dir {name}_finetune" in line for line in further)
     assert f"pretrained {name}/model.th" in further[0]
     assert [line.split()[0] for line in further] == [
-        "train_sgd.py", "train_pbfgs.py", "train_psgd.py", "train_sgd.py"
-    ]  # fmt: skip
+        "train_sgd.py",
+        "train_pbfgs.py",
+        "train_psgd.py",
+        "train_sgd.py",
+    ]
     epochs = [int(line.split("epochs ")[1].split()[0]) for line in further[:3]]
     sampled = int(further[1].split("params_end ")[1].split()[0]) - 1
     assert epochs[0] == sampled + epochs[1] == sampled + epochs[2], "all train as long"
@@ -212,8 +215,15 @@ def test_imagenet_is_the_published_experiment(project, tiny):
     sgd, pbfgs = (" ".join(command) for command in lines[:2])
     for part in ("datasets ImageNet", "arch resnet18", "epochs 90", "sample-every 1000", "lr 0.1"):
         assert part in sgd
-    for part in ("params_start 0", "params_end 241", "params_stride 2", "n_components 120",
-                 "epochs 4", "batch-size 256", "data-dir /data"):  # fmt: skip
+    for part in (
+        "params_start 0",
+        "params_end 241",
+        "params_stride 2",
+        "n_components 120",
+        "epochs 4",
+        "batch-size 256",
+        "data-dir /data",
+    ):
         assert part in pbfgs
 
 

@@ -122,8 +122,19 @@ def test_sgd_learns_and_so_do_the_subspaces(copy, capsys, undrawn):
 
 
 def test_basis_is_the_pca_of_the_samples(copy):
-    train_psgd.main([*SUBSPACE, "--epochs", "1", "--params_stride", "2", "--n_components", "3",
-                     "--save-dir", str(copy)])  # fmt: skip
+    train_psgd.main(
+        [
+            *SUBSPACE,
+            "--epochs",
+            "1",
+            "--params_stride",
+            "2",
+            "--n_components",
+            "3",
+            "--save-dir",
+            str(copy),
+        ]
+    )
     states = [torch.load(copy / f"{i}.pt", weights_only=True) for i in (0, 2, 4, 6)]
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
     matrix = np.stack([torch.cat([s[name].flatten() for name in names]).numpy() for s in states])
@@ -136,8 +147,19 @@ def test_basis_is_the_pca_of_the_samples(copy):
 
 @pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
 def test_a_subspace_run_starts_at_its_first_sample_and_stays_in_its_subspace(script, copy):
-    script.main([*SUBSPACE, "--params_start", "2", "--n_components", "3", "--epochs", "2",
-                 "--save-dir", str(copy)])  # fmt: skip
+    script.main(
+        [
+            *SUBSPACE,
+            "--params_start",
+            "2",
+            "--n_components",
+            "3",
+            "--epochs",
+            "2",
+            "--save-dir",
+            str(copy),
+        ]
+    )
     directory = copy / script.__name__.removeprefix("train_")
     names = [name for name, _ in models.build("resnet8", 10).named_parameters()]
     ends = [copy / "2.pt", directory / "model.th"]
@@ -230,8 +252,20 @@ def test_overwrite_removes_the_earlier_run(copy):
 
 
 def test_milestones_and_start_epoch_set_the_learning_rate(tmp_path):
-    train_sgd.main([*DIGITS, "--epochs", "5", "--milestones", "3", "4", "--save-dir", str(tmp_path),
-                    "--start-epoch", "2"])  # fmt: skip
+    train_sgd.main(
+        [
+            *DIGITS,
+            "--epochs",
+            "5",
+            "--milestones",
+            "3",
+            "4",
+            "--save-dir",
+            str(tmp_path),
+            "--start-epoch",
+            "2",
+        ]
+    )
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1, 0.01, 0.001])
     assert [row["epoch"] for row in rows(tmp_path)] == [3, 4, 5]
     assert {file.name for file in tmp_path.glob("[0-9]*.pt")} == {"2.pt", "3.pt", "4.pt", "5.pt"}
@@ -258,9 +292,12 @@ def test_cosine_is_torch_s(script, sampled, tmp_path, capsys):
 def test_milestones_that_are_never_reached_are_told(tmp_path, capsys):
     short = [*DIGITS, "--smalldatasets", "0.1", "--epochs", "2", "--overwrite", "--save-dir"]
     for options, warned in (
-        ("", True), ("--milestones 2 9", True), ("--milestones 1 2", False),
-        ("--milestones", False), ("--schedule cosine", False),
-    ):  # fmt: skip
+        ("", True),
+        ("--milestones 2 9", True),
+        ("--milestones 1 2", False),
+        ("--milestones", False),
+        ("--schedule cosine", False),
+    ):
         train_sgd.main([*short, str(tmp_path), *options.split()])
         assert ("the learning rate stays 0.1" in capsys.readouterr().out) == warned
 
@@ -355,8 +392,19 @@ def test_pretrained_weights_are_the_start(copy, tmp_path):
         [*DIGITS, "--epochs", "1", "--save-dir", str(fresh), "--pretrained", str(public)]
     )
     assert same(load_state_dict(fresh / "0.pt"), state)
-    train_psgd.main([*SUBSPACE, "--epochs", "1", "--lr", "0", "--save-dir", str(copy),
-                     "--pretrained", str(public)])  # fmt: skip
+    train_psgd.main(
+        [
+            *SUBSPACE,
+            "--epochs",
+            "1",
+            "--lr",
+            "0",
+            "--save-dir",
+            str(copy),
+            "--pretrained",
+            str(public),
+        ]
+    )
     end = load_state_dict(copy / "psgd" / "model.th")
     assert torch.equal(end["conv1.weight"], state["conv1.weight"])
 

@@ -43,9 +43,11 @@ def assert_same_runs(one: Path, other: Path) -> None:
     states, others = (saved(directory)["states"] for directory in (one, other))
     assert states["model"].keys() == others["model"].keys()
     for name, value in states["model"].items():
-        same = torch.equal(value, others["model"][name]) if torch.is_tensor(value) else (
-            value == others["model"][name]
-        )  # fmt: skip
+        same = (
+            torch.equal(value, others["model"][name])
+            if torch.is_tensor(value)
+            else (value == others["model"][name])
+        )
         assert same, name
     keys = ("train_loss", "test_loss", "test_acc")
     rows = [[[row[key] for key in keys] for row in saved(d)["rows"]] for d in (one, other)]
@@ -58,8 +60,9 @@ def test_layers_that_gather_no_statistics_keep_theirs(tmp_path):
     row = train_sgd.main(options("Frozen", tmp_path, "--average", "2", "3"))
     assert row["test_loss"] == last["test_loss"]
     train_psgd.main(subspace("Frozen", tmp_path, "--bn-update", "--start", "2"))
-    assert (torch.load(tmp_path / "psgd_from_2/model.th")["state_dict"]["bn.running_mean"]
-            == 0.3).all()  # fmt: skip
+    assert (
+        torch.load(tmp_path / "psgd_from_2/model.th")["state_dict"]["bn.running_mean"] == 0.3
+    ).all()
 
 
 def test_statistics_are_those_of_torch(batch):

@@ -177,7 +177,7 @@ class Run:
         network = model.model if basis else model
         facts = facts_of(args, data, model, basis, optimizer, self.steps)
         print0(f"{files.directory}: {summary_of(args, facts, getattr(network, 'variant', ''))}")
-        for line in schedule_notes(args, files.changed, self.epoch):
+        for line in schedule_notes(args, files.changed, self.epoch) if optimizer else ():
             print0(line)
         finished = self.epoch >= args.epochs
         if not (files.resumes and finished):

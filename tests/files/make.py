@@ -60,9 +60,13 @@ def use_lightning(folder: Path) -> None:
     data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.arange(8) % 2)
     saver = lightning.pytorch.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last=True)
     trainer = lightning.Trainer(
-        max_epochs=2, accelerator="cpu", callbacks=[saver], logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[saver],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(Classifier(), torch.utils.data.DataLoader(data, 4))
     for file in folder.glob("epoch*"):
         loaded = Classifier.load_from_checkpoint(file, map_location="cpu", weights_only=False)
@@ -84,9 +88,14 @@ def use_timm(folder: Path) -> None:
     average = timm.utils.ModelEmaV2(model, 0.5)
     arguments = argparse.Namespace(model="tiny", lr=0.1, data_dir=Path("data"))
     saver = timm.utils.CheckpointSaver(
-        model, train(model), arguments, model_ema=average, checkpoint_dir=str(folder),
-        recovery_dir=str(folder), max_history=9,
-    )  # fmt: skip
+        model,
+        train(model),
+        arguments,
+        model_ema=average,
+        checkpoint_dir=str(folder),
+        recovery_dir=str(folder),
+        max_history=9,
+    )
     for epoch in range(2):
         train(model)
         average.update(model)
@@ -110,9 +119,15 @@ def use_transformers(folder: Path) -> None:
     """Folders as the Trainer writes them, with the last model beside them."""
     rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(4)]
     options = transformers.TrainingArguments(
-        str(folder), max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
-        per_device_train_batch_size=2, optim="sgd",
-    )  # fmt: skip
+        str(folder),
+        max_steps=2,
+        save_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        optim="sgd",
+    )
     trainer = transformers.Trainer(gpt(), options, train_dataset=rows)
     trainer.train()
     trainer.save_model()
