@@ -48,9 +48,10 @@ refuse() {
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }
 
 # Has Python $1 what $2 … ask for? That is pip's answer, without network and its user's settings.
+# With --report it answers for a Python that the system manages (PEP 668), too.
 has() {
-    is_recent "$1" &&
-        PIP_CONFIG_FILE=/dev/null "$1" -m pip --isolated install --dry-run --no-index --no-deps "${@:2}"
+    is_recent "$1" && PIP_CONFIG_FILE=/dev/null "$1" -m pip --isolated install \
+        --dry-run --report /dev/null --no-index --no-deps "${@:2}"
 } &>/dev/null
 
 # Set $python to one with what the requirements files $@ ask for: the current one, or .venv's.

@@ -436,3 +436,19 @@ def test_a_requirement_that_cannot_be_had_stops_it(project, tiny):
     assert done.returncode != 0
     assert "tiny" in done.stderr
     assert "train_sgd" not in done.stdout
+
+
+def test_a_python_that_the_system_manages_is_asked(tmp_path):
+    """PEP 668. Oracle: pip itself, which is installed there."""
+    python = Path("/usr/bin/python3")
+    if not list(Path("/usr/lib").glob("python3*/EXTERNALLY-MANAGED")):
+        pytest.skip("the system manages no Python here")
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("the system's Python has no pip")
+    functions = (
+        (ROOT / "run.sh").read_text().partition("is_recent()")[2].partition("# Set $python")[0]
+    )
+    for requirement, code in (("pip>=20", 0), ("pip>=2000", 1)):
+        (tmp_path / "needed.txt").write_text(requirement)
+        script = f"is_recent(){functions}\nhas {python} --requirement {tmp_path}/needed.txt"
+        assert subprocess.run(["bash", "-c", script]).returncode == code
