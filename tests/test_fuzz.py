@@ -8,11 +8,12 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 
-TRAJECTORY = """--optimizer adam|--corrupt 0.3|--corrupt 0.2 --noise pair|--smalldatasets 0.1|--half
---no-augment|--sample-every 3|--momentum 0|--milestones|--schedule cosine|--save-every 1
+TRAJECTORY = """--optimizer adam|--corrupt 0.3|--corrupt 0.2 --noise pair|--smalldatasets 0.1
+--half|--no-augment|--sample-every 3|--momentum 0|--milestones|--schedule cosine|--save-every 1
 --start-epoch 1|--test-batch-size 1|-b 2000|-b 1|--no-channels-last|--deterministic|--lr 1e30
 --weight-decay 0|--randomseed 0|--print-freq 1|--no-flip|--workers 0|--image-size 9"""
-SUBSPACE = """--basis random|--basis walk|--basis schmidt|--start mean|--start 1|--start 9|--bn-update
+SUBSPACE = """--basis random|--basis walk|--basis schmidt|--start mean|--start 1|--start 9
+--bn-update
 --basis-dtype bfloat16|--n_components 0.9|--n_components 2|--n_components 50|--params_stride 2
 --params_end 99|--params_start 1|--resume|--overwrite|--half|--train-seed 5|--weight-decay 1e-3
 --run other|--evaluate|--corrupt 0.7|--epochs 3|-b 700|--no-channels-last|--pretrained"""
