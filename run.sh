@@ -30,6 +30,7 @@ settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifa
   model              network: resnet20 (imagenet and finetune-imagenet: resnet18, tiny-imagenet: resnet32)
   datasets           cifar*, finetune: CIFAR10, or CIFAR100, ImageFolder
   data_dir           where the images are, or are downloaded to: ../data
+  weights            finetune: where the trained networks are: ../data/pretrained_models
   options            more options for all scripts, as in options="--threads 1"
                      (cifar-small and finetune have: --half --compile, which these replace)
 

@@ -1,5 +1,5 @@
-# public, well-trained CIFAR-10 ResNets trained on, and in the subspace of that; weights=DIR has the networks
-# DIR is pretrained_models/ of akamaster/pytorch_resnet_cifar10, whose files are named resnet20-….th.
+# public, well-trained CIFAR-10 ResNets trained on, and in the subspace of that
+# They are the files resnet20-….th, … in pretrained_models/ of akamaster/pytorch_resnet_cifar10.
 datasets=${datasets:-CIFAR10} options=${options:---half --compile} weights=${weights:-../data/pretrained_models}
 subspace=(--params_start 1 --params_end 31 --n_components 29)
 psgd=("${subspace[@]}" --batch-size 128 --epochs 2 --lr 0.1)
@@ -13,10 +13,10 @@ trained_on() {
     local origin=$save_dir
     run train_sgd.py "${common[@]}" --pretrained "${files[0]}" --lr "$2" --epochs=5 --sample-every 65
     run train_sgd.py "${common[@]}" --average 1 31
-    for start in "" mean; do
-        run train_psgd.py "${common[@]}" "${psgd[@]}" ${start:+--start "$start"}
-        run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" ${start:+--start "$start"}
-    done
+    run train_psgd.py "${common[@]}" "${psgd[@]}"
+    run train_pbfgs.py "${common[@]}" "${pbfgs[@]}"
+    run train_psgd.py "${common[@]}" "${psgd[@]}" --start mean
+    run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" --start mean
     run train_pbfgs.py "${common[@]}" "${pbfgs[@]}" --alpha "$2" --run pbfgs_plus
     trajectory "_finetune_lr$2_dropped"
     run train_sgd.py "${common[@]}" --pretrained "$origin/30.pt" --start-epoch 5 --lr "$2" --milestones 5 --epochs 8

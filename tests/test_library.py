@@ -132,6 +132,7 @@ def test_a_copy_made_after_a_forward_pass_is_the_same_network(copied):
 
 def test_a_compiled_subspace_has_the_same_gradient():
     """Oracle: the subspace that is not compiled; the whole forward pass is one graph."""
+    torch.compiler.reset()  # what other tests compiled counts towards torch's limit
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     basis = torch.linalg.qr(torch.randn(43, 3))[0].T.contiguous()
     subspace, inputs = dldr.Subspace(network, basis), torch.randn(6, 4)
