@@ -82,6 +82,7 @@ def test_segmentation():
     assert results["P-SGD"] > results["P-SGD, random basis"]
 
 
+@pytest.mark.slow
 def test_language():
     """Oracle: eight bits, what a uniform guess takes; the Trainer ends below, and so does P-SGD."""
     results = example("language", "transformers", "accelerate").main(epochs=4, sequences=320, k=3)
@@ -89,6 +90,7 @@ def test_language():
     assert results["P-SGD"] < 6 < results["P-SGD, random basis"]
 
 
+@pytest.mark.slow
 def test_lora():
     """Oracle: the network without adapters."""
     results = example("lora", "transformers", "peft").main(epochs=2, sequences=320, k=2)
@@ -225,6 +227,7 @@ def several_processes(rank, file):
         torch.save(names["subspace"].coordinates.detach(), file)
 
 
+@pytest.mark.slow
 def test_recipe_several_processes(tmp_path):
     """Oracle: one process."""
     coordinates = {}

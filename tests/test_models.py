@@ -96,6 +96,7 @@ def test_the_names_are_the_published_ones():
     assert SMALL.keys() == EXACT.keys() | WITHIN_A_HUNDREDTH.keys() | OTHER.keys() | own
 
 
+@pytest.mark.slow
 def test_sizes_of_the_networks_for_small_images():
     with torch.device("meta"):
         found = {arch: size(models.build(arch, 100)) for arch in SIZED}
@@ -182,6 +183,7 @@ def test_a_name_follows_the_image_size():
     assert large.variant == "torchvision's"
 
 
+@pytest.mark.slow
 def test_the_list_of_networks(capsys):
     """Also in models/README.md."""
     with pytest.raises(SystemExit) as exit:

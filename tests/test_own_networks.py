@@ -161,6 +161,7 @@ class Reader(nn.Module):
         return self.head(self.encoder(self.embedding(tokens) + self.position).mean(1))
 
 
+@pytest.mark.slow
 def test_a_transformer_learns_a_task_on_tokens_in_its_subspace():
     """The label of a row of tokens is its commonest token; chance is one in eight."""
     torch.manual_seed(0)

@@ -33,6 +33,8 @@ from dldr.reading import read_tensors
 from dldr.trajectory import load_state_dict
 from training.network import copy_into
 
+pytestmark = pytest.mark.slow
+
 SUBSPACE = [*DIGITS, "--params_end", "7", "--n_components", "4", "--epochs", "2"]
 
 

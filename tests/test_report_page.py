@@ -221,6 +221,7 @@ def test_the_landscape_is_bounded_by_pixels(size, images):
     assert analysis.landscape_images(size, 10) == 10
 
 
+@pytest.mark.slow
 def test_the_landscape_can_be_left_out(run, tmp_path, capsys):
     """Oracle: the files; and without a terminal its images and points are told as it goes."""
     report.main([str(run), "--no-landscape", "--out", str(tmp_path / "without")])

@@ -38,6 +38,7 @@ def test_a_home_directory_is_found_without_the_shell(tmp_path, monkeypatch):
     assert (args.save_dir, args.data_dir) == (tmp_path / "x", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_any_encoding_of_the_output_will_do(encoding, sampled, tmp_path):
     """--help has θ and …, and the first line of a subspace run has …"""

@@ -139,14 +139,14 @@ def test_what_cannot_be_right_is_refused_in_a_line(name, message, tmp_path, refu
     [
         ("models:Theirs", "/models/__init__.py belongs to these scripts and comes before others"),
         ("models.theirs:Net", "/models/__init__.py belongs to these scripts and comes before"),
-        ("mine:helper", "/utils.py belongs to these scripts and comes before others that are"),
+        ("asking:helper", "/utils.py belongs to these scripts and comes before others that are"),
         ("broken:Net", "NameError: name 'undefined' is not defined (broken.py, line 2)"),
         ("nowhere:Net", "PYTHONPATH says where modules are"),
     ],
 )
 def test_whose_module_is_imported(text, message, tmp_path, monkeypatch, refused):
     """People's repositories have a models/ and a utils.py, too."""
-    (tmp_path / "mine.py").write_text("from utils import a_helper_of_theirs\n")
+    (tmp_path / "asking.py").write_text("from utils import a_helper_of_theirs\n")
     (tmp_path / "broken.py").write_text("\nundefined\n")
     monkeypatch.syspath_prepend(tmp_path)
     given = options("Small", tmp_path / "run")

@@ -10,6 +10,8 @@ from conftest import DIGITS, ROOT, in_processes
 
 import train_sgd
 
+pytestmark = pytest.mark.slow
+
 FEW = [*DIGITS, "--epochs", "2", "--smalldatasets", "0.4", "--lr", "0.02"]
 ONE_EACH = ["--test-batch-size", "1"]
 
