@@ -77,8 +77,8 @@ NUMPY_ARRAYS = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("int8", "uint8", "int16", "int32", "int64")),
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
+    (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
 ]
 
 

@@ -1,6 +1,5 @@
 """A network restricted to an affine subspace of its parameters (Li et al., TPAMI 2022, §3)."""
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -127,8 +126,9 @@ class Subspace(nn.Module):
     # What nn.Module does, with P and θ(z) beside the parameters.
 
     def __getattr__(self, name: str) -> Any:
-        with contextlib.suppress(AttributeError):
-            return super().__getattr__(name)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            if name in (members := self.__dict__.get(kind, ())):
+                return members[name]
         model = self.__dict__.get("_modules", {}).get("model")
         if model is None or not hasattr(model, name):
             raise AttributeError(f"neither Subspace nor its model has the attribute {name!r}")
