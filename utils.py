@@ -531,7 +531,6 @@ def load_data(args: argparse.Namespace) -> Data:
     labels = noisy_labels(args, train)
     wrong = int((labels != train.labels).sum())
     batch_size = args.batch_size * args.accumulate
-    seed = args.train_seed
-    seed = args.randomseed if seed is None else seed
+    seed = args.randomseed if args.train_seed is None else args.train_seed
     train = make_loader(train._replace(labels=labels), args, batch_size, seed)
     return Data(train, make_loader(test, args), num_classes, wrong)
