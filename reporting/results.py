@@ -140,7 +140,7 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     if noise != "symmetric":
         data += f", {noise} labels"
     if arguments["pretrained"]:
-        data += ", from pretrained weights"
+        data += f", from pretrained weights at a learning rate of {arguments['lr']:g}"
     return Experiment(data, arguments["arch"], config["n"], float(arguments["corrupt"]))
 
 

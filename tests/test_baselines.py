@@ -195,11 +195,17 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     row = table["SGD, from snapshot 4"]
     assert (row["k"], row["epochs"], row["total epochs"]) == ("n", 3, 7)
     assert table[average]["final"] == [last["test_acc"]]
-    # Of another noise level it is a trajectory of its own, from pretrained weights.
-    noisy = [*further, "--corrupt", "0.4", "--epochs", "5", "--save-dir", str(tmp_path / "noisy")]
-    train_sgd.main([*DIGITS, *noisy])
-    rows = report.main([str(copy), str(tmp_path / "noisy"), *command[2:]])
-    assert ("SGD", "digits, from pretrained weights") in {(r["method"], r["data"]) for r in rows}
+    # Of another noise level it is a trajectory of its own, from pretrained weights, and of another
+    # learning rate another one.
+    command.remove(str(tmp_path / "further"))
+    for rate in ("0.05", "0.1"):
+        noisy = [*further, "--corrupt", "0.4", "--epochs", "5", "--lr", rate]
+        train_sgd.main([*DIGITS, *noisy, "--save-dir", str(tmp_path / rate)])
+        command.insert(1, str(tmp_path / rate))
+    rows = report.main(command)
+    start = "digits, from pretrained weights at a learning rate of"
+    expected = {f"{start} 0.05", f"{start} 0.1"}
+    assert {row["data"] for row in rows if row["noise"]} == expected
 
 
 @pytest.mark.slow
