@@ -103,11 +103,22 @@ def levels_table(column: str) -> str:
     return report_tables.markdown([{"": title} | cells for title, cells in complete.items()])
 
 
+def beside_walk(row: dict) -> dict:
+    """The row, with a walk's explained variance where its own step lengths were not kept.
+
+    The steps of that walk are of equal length, as many as there are epochs of SGD.
+    """
+    if row.get("walk") or not report_tables.is_complete(row.get("variance")):
+        return row
+    shares = dldr.random_walk_spectrum(torch.ones(row["total epochs"] - row["epochs"]))
+    return row | {"walk": [100 * shares[: row["k"]].sum().item()]}
+
+
 def experiment_tables(name: str) -> str:
     """The tables of an experiment, without times and costs unless it is TIMED; the machine."""
     content = measured(name)
     text = ""
-    for section in report_tables.sections(content["results"]).values():
+    for section in report_tables.sections(map(beside_walk, content["results"])).values():
         if name in TIMED:
             text += f"\n#{report_tables.section_text(section)}"
         else:
