@@ -24,10 +24,9 @@ trained_on() {
 
 for number in ${seed:-1 2 3}; do
     trained_on resnet20 0.005 "$number" "${c:-0}"
+    trained_on resnet20 0.05 "$number" "${c:-0}"
 done
-for rate in 0.02 0.05; do
-    trained_on resnet20 "$rate" 1 0
-done
+trained_on resnet20 0.02 1 0
 trained_on resnet20 0.02 1 0.2
 for network in resnet32 resnet44 resnet56; do
     trained_on "$network" 0.005 1 0

@@ -103,6 +103,19 @@ def levels_table(column: str) -> str:
     return report_tables.markdown([{"": title} | cells for title, cells in complete.items()])
 
 
+def finetune_table() -> str:
+    """Public ResNets: final test accuracy of each method, by network, learning rate and noise."""
+    table = defaultdict(dict)
+    for row in sorted(measured("finetune")["results"], key=lambda row: row["noise"]):
+        rate = row["data"].split()[-1]
+        column = f"{row['arch'].replace('resnet', 'ResNet-')}, {rate}"
+        if row["noise"]:
+            column += f", c = {row['noise']:g}"
+        table[row["title"]][column] = report_tables.mean_std(row["final"], 2)
+    columns = {column: "" for cells in table.values() for column in cells}
+    return report_tables.markdown([{"": title} | columns | cells for title, cells in table.items()])
+
+
 def beside_walk(row: dict) -> dict:
     """The row, with a walk's explained variance where its own step lengths were not kept.
 
@@ -130,6 +143,7 @@ def experiment_tables(name: str) -> str:
 OTHERS = {  # tables that are not an experiment's
     "main": main_table,
     "walk": walk_table,
+    "finetune-final": finetune_table,
     "levels": partial(levels_table, "final"),
     "wrong": partial(levels_table, "wrong labels"),
 }
