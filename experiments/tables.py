@@ -77,9 +77,14 @@ def main_table() -> str:
     return report_tables.markdown(table)
 
 
+def walk_of_equal_steps(steps: int) -> torch.Tensor:
+    """Percent of its variance that a random walk has in its first 1, 2, … components, (steps,)."""
+    return 100 * dldr.random_walk_spectrum(torch.ones(steps)).cumsum(0)
+
+
 def walk_table() -> str:
     """CIFAR-10: the variance in the first k components, a random walk's beside it, and P-SGD."""
-    walk = 100 * dldr.random_walk_spectrum(torch.ones(80)).cumsum(0)
+    walk = walk_of_equal_steps(80)
     table = []
     for k in (2, 5, 10, 20, 40):
         cells = {"k": k, "random walk": f"{walk[k - 1]:.1f}"}
@@ -123,8 +128,8 @@ def beside_walk(row: dict) -> dict:
     """
     if row.get("walk") or not report_tables.is_complete(row.get("variance")):
         return row
-    shares = dldr.random_walk_spectrum(torch.ones(row["total epochs"] - row["epochs"]))
-    return row | {"walk": [100 * shares[: row["k"]].sum().item()]}
+    walk = walk_of_equal_steps(row["total epochs"] - row["epochs"])
+    return row | {"walk": [walk[row["k"] - 1].item()]}
 
 
 def experiment_tables(name: str) -> str:

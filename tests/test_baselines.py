@@ -197,12 +197,11 @@ def test_baselines_from_a_sample_on_belong_to_its_trajectory(
     assert table[average]["final"] == [last["test_acc"]]
     # Of another noise level it is a trajectory of its own, from pretrained weights, and of another
     # learning rate another one.
-    command.remove(str(tmp_path / "further"))
-    for rate in ("0.05", "0.1"):
-        noisy = [*further, "--corrupt", "0.4", "--epochs", "5", "--lr", rate]
-        train_sgd.main([*DIGITS, *noisy, "--save-dir", str(tmp_path / rate)])
-        command.insert(1, str(tmp_path / rate))
-    rows = report.main(command)
+    noisy = {rate: str(tmp_path / rate) for rate in ("0.05", "0.1")}
+    for rate, directory in noisy.items():
+        options = [*further, "--corrupt", "0.4", "--epochs", "5", "--lr", rate]
+        train_sgd.main([*DIGITS, *options, "--save-dir", directory])
+    rows = report.main([str(copy), *noisy.values(), *command[2:]])
     start = "digits, from pretrained weights at a learning rate of"
     expected = {f"{start} 0.05", f"{start} 0.1"}
     assert {row["data"] for row in rows if row["noise"]} == expected
