@@ -42,14 +42,14 @@ def get_options() -> Parser:
         type=natural,
         nargs=2,
         metavar=("START", "END"),
-        help="no training: test the weight average of the samples START to END − 1, with "
+        help="no training: test the weight average of the snapshots START to END − 1, with "
         "BatchNorm's statistics recomputed",
     )
     add(
         "--sample-every",
         type=positive,
         metavar="STEPS",
-        help="steps between samples, which are numbered 0, 1, … (default: an epoch)",
+        help="steps between snapshots, which are numbered 0, 1, … (default: an epoch)",
     )
     return parser
 

@@ -46,7 +46,7 @@ def get_options() -> Parser:
         type=positive,
         metavar="K",
         default=40,
-        help="components whose span is compared, or one less than the snapshots",
+        help="components whose span is compared, at most one less than the snapshots",
     )
     add(
         "--names",

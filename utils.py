@@ -398,9 +398,10 @@ def read_torchvision(name: str, args: argparse.Namespace, train: bool) -> Split:
             with contextlib.suppress(OSError):  # empty folders only
                 for folder in sorted([root, *root.rglob("*")], reverse=True):
                     folder.rmdir()
+        expected = FOLDERS.get(name, name)
         raise ValueError(
-            f"--datasets {name}: not in --data-dir {root}, as {FOLDERS[name]}, and not downloaded "
-            f"({error}); name the directory that has {FOLDERS[name]} with --data-dir, or take "
+            f"--datasets {name}: not in --data-dir {root}, as {expected}, and not downloaded "
+            f"({error}); name the directory that has {expected} with --data-dir, or take "
             "--datasets digits"
         ) from error
     if train and not was_there:

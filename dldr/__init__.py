@@ -1,7 +1,9 @@
 """DLDR: train a network in the low-dimensional subspace that its own trajectory spans.
 
+    snapshots = [dldr.flatten(network)]                    # θ_0, where training starts
     snapshots.append(dldr.flatten(network))                # after each epoch of ordinary training
     basis, ratios = dldr.pca(snapshots, n_components=40)   # (40, n), (40,)
+    dldr.load_vector(snapshots[0], network)                # back to θ_0
     subspace = dldr.Subspace(network, basis)               # θ(z) = θ_0 + Pᵀ z
     optimizer = torch.optim.SGD([subspace.coordinates], lr=1.0, momentum=0.9)
 

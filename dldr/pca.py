@@ -87,7 +87,7 @@ def random_walk_spectrum(steps: Any) -> Tensor:
     """The `spectrum` of a random walk with these step lengths, in the limit of many dimensions.
 
     `steps` are T − 1 lengths; so is the result. A trajectory whose first components explain no
-    more than these is no closer to a plane than chance (Antognini and Sohl-Dickstein, NeurIPS 2018,
+    more than these is no more concentrated than chance (Antognini and Sohl-Dickstein, NeurIPS 2018,
     for steps of equal length).
     """
     values = torch.linalg.eigvalsh(random_walk_gram(steps)).flip(0).clamp(min=0)

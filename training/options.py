@@ -490,14 +490,14 @@ def add_sample_options(parser: Parser) -> None:
         type=natural,
         metavar="N",
         default=0,
-        help="first sample, where training in the subspace starts from",
+        help="first snapshot, where training in the subspace starts from",
     )
     add(
         "--params_end",
         "--params-end",
         type=natural,
         metavar="N",
-        help="one past the last sample (default: 51, or all where there are fewer; all of "
+        help="one past the last snapshot (default: 51, or all where there are fewer; all of "
         "--samples)",
     )
     add(
@@ -506,7 +506,7 @@ def add_sample_options(parser: Parser) -> None:
         type=positive,
         metavar="N",
         default=1,
-        help="take every N-th sample",
+        help="take every N-th snapshot",
     )
 
 
@@ -519,8 +519,8 @@ def add_subspace_options(parser: Parser) -> None:
         "--n-components",
         type=components,
         metavar="K",
-        help="directions to keep, or the fraction of the samples' variance to explain, e.g. 0.99 "
-        "(default: 40, or one less than the samples)",
+        help="directions to keep, or the fraction of the snapshots' variance to explain, e.g. 0.99 "
+        "(default: 40, or one less than the snapshots)",
     )
     add(
         "--basis",
@@ -534,7 +534,7 @@ def add_subspace_options(parser: Parser) -> None:
         "--start",
         type=sample_or_mean,
         metavar="N",
-        help="start at sample N, or at the samples' `mean` (default: --params_start)",
+        help="start at snapshot N, or at the snapshots' `mean` (default: --params_start)",
     )
     add(
         "--bn-update",
