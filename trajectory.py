@@ -79,7 +79,8 @@ if __name__ == "__main__":
 from torch import Tensor
 
 from dldr.parameters import parameter_names
-from dldr.pca import centered
+from dldr.pca import centered, spanned
+from dldr.reading import Inert
 from dldr.trajectory import Snapshot, load_trajectory
 from reporting import page, tables
 from reporting.trajectories import (
@@ -96,7 +97,6 @@ from reporting.trajectories import (
     next_steps,
     overview,
     quantities,
-    spanned,
 )
 from reporting.trajectory_figures import angles_figure, figures_of
 from training.errors import InputError, blame, entry_point, warnings_told
@@ -132,7 +132,9 @@ def export(snapshots: Sequence[Snapshot], directory: Path) -> None:
     with blame("--export"):
         directory.mkdir(parents=True, exist_ok=True)
     for number, snapshot in enumerate(snapshots):
-        save(directory / f"{number}.pt", dict(snapshot))
+        # What code in the files would make of an extra state is not known.
+        plain = {name: v for name, v in snapshot.items() if not isinstance(v, Inert)}
+        save(directory / f"{number}.pt", plain)
 
 
 def describe(
@@ -147,11 +149,11 @@ def describe(
     figures = list(figures_of(trajectory))
     columns = {"trajectory": quantities(trajectory), "random walk": quantities(trajectory.walk)}
     numbers = {"quantities": columns, "sentences": conclusions(trajectory)}
-    k = min(args.n_components, spanned(trajectory.gram))
+    k = min(args.n_components, spanned(trajectory.axes[0]))
     if args.compare:
         other = Trajectory(centered(gram[first:, first:]), n)
         columns |= {"compared": quantities(other), "walk of that": quantities(other.walk)}
-        between = angles(gram, first, min(k, spanned(other.gram)))
+        between = angles(gram, first, min(k, spanned(other.axes[0])))
         figures.append(angles_figure(between, n))
         numbers["sentences"].append(angles_sentence(between, n))
         numbers["angles"] = between.tolist()

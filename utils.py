@@ -155,6 +155,8 @@ def labels_in_file(args: argparse.Namespace, train: Split) -> Tensor:
     Raises ValueError where they are not those of this training set.
     """
     labels, clean = read_labels(args.noise)
+    if not labels.is_floating_point():
+        labels = labels.long()  # torch lacks the minimum of unsigned ones
     kept = np.arange(labels.numel())
     if args.smalldatasets:
         kept, _ = subset(labels.numel(), args.smalldatasets, args.randomseed)
@@ -460,6 +462,8 @@ def check_split(args: argparse.Namespace, name: str, split: Split, classes: int,
     """Raise ValueError unless the split is images and labels of the dataset, enough for all."""
     dataset, n = DATASETS[args.datasets], len(split.images)
     right_size = dataset.read is read_folder or split.images.shape[-1] == dataset.image_size
+    if classes < 2:
+        raise ValueError(f"--data-dir {args.data_dir}: one class; allowed: at least two")
     in_range = set(split.labels.tolist()) <= set(range(classes))
     if not right_size or n != len(split.labels) or not n or not in_range:
         raise ValueError(

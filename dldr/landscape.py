@@ -17,7 +17,7 @@ def landscape(loss: Callable[[], Tensor], subspace: Subspace, points: Any) -> Te
     `points` (P, k) are coordinates z, and `loss()` is any scalar of the network at the current z,
     such as `F.cross_entropy(subspace(images), labels)`. Afterwards z is what it was. Modes are
     left to the caller: BatchNorm's running statistics are those of one network, and mislead at
-    others, so a landscape should use the statistics of the batch (`frozen_buffers`).
+    others, so a landscape should use the statistics of the batch (`frozen_buffers`, training mode).
 
     Raises ValueError for points of other dimensions than the subspace.
     """

@@ -1,6 +1,8 @@
 """The parameters θ of a network as one vector (n,), and snapshots: its parameters at some time."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,22 +59,31 @@ def load_vector(vector: Tensor, model: nn.Module) -> None:
         parameter.copy_(values[name])
 
 
-def average(snapshots: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def average(snapshots: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of state dicts, BatchNorm's running statistics included.
 
-    Whole numbers and booleans, which have no mean, are those of the last snapshot. A network with
-    such weights needs its BatchNorm statistics recomputed: `torch.optim.swa_utils.update_bn`.
+    Whole numbers, booleans and what is no tensor have no mean, and are those of the last snapshot.
+    A network with averaged weights needs its BatchNorm statistics recomputed:
+    `torch.optim.swa_utils.update_bn`.
     """
     means = {}
     for name, last in snapshots[-1].items():
-        if last.is_floating_point() or last.is_complex():
+        if not isinstance(last, Tensor):  # an extra state
+            means[name] = deepcopy(last)
+        elif last.is_floating_point() or last.is_complex():
             wide = torch.complex128 if last.is_complex() else torch.float64
-            home = "cpu" if last.device.type == "mps" else last.device  # Apple's GPUs have neither
+            home = home_of_float64(last.device)
             total = sum(snapshot[name].to(home, wide) for snapshot in snapshots)
             means[name] = (total / len(snapshots)).to(last)
         else:
             means[name] = last.clone()
     return means
+
+
+def home_of_float64(device: Any) -> torch.device:
+    """Where float64 is computed for tensors on this device: Apple's GPUs do not have it."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def parameter_names(snapshot: Mapping[str, Tensor]) -> list[str]:

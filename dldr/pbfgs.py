@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ class PBFGS(torch.optim.Optimizer):
 
     B, the estimate of the inverse Hessian (k, k), starts as the identity. A step is along d = −B g:
     s = d, ρd, ρ²d, … is tried until L(z + s) < L(z) + σ gᵀs (Armijo), both losses on the
-    mini-batch of g. Where `max_trials` are rejected, the next s is taken without a trial.
+    mini-batch of g. Where `max_trials` are rejected, the next s is taken without a trial. With
+    torch.distributed's default process group, all processes take the step of rank 0.
 
         def evaluate():  # the loss on the mini-batch of g, at the current z
             with torch.no_grad(), frozen_buffers(subspace):
@@ -77,11 +79,14 @@ def with_same_draws(function: Callable[[], Tensor], device: torch.device) -> Cal
 
     They are torch's, and those of random and numpy, which layers that are dropped may draw.
     """
-    generators = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-    setters = [generator.set_rng_state for generator in generators]
-    states = [generator.get_rng_state() for generator in generators]
-    setters += [random.setstate, np.random.set_state]
-    states += [random.getstate(), np.random.get_state()]
+    setters = [torch.set_rng_state, random.setstate, np.random.set_state]
+    states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+    if device.type != "cpu":
+        generator = torch.get_device_module(device)
+        # That of z's device, not of the current one; Apple has one device, which is not named.
+        own = {} if device.type == "mps" else {"device": device}
+        setters.append(partial(generator.set_rng_state, **own))
+        states.append(generator.get_rng_state(**own))
 
     def repeated() -> Tensor:
         for put, state in zip(setters, states, strict=True):
@@ -105,11 +110,12 @@ def update_inverse_hessian(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def frozen_buffers(model: nn.Module) -> Iterator[None]:
-    """Inside, forward passes use the statistics of the batch and leave no trace in the model.
+    """Inside, forward passes leave no trace in the model.
 
-    BatchNorm is told not to track. The buffers of other layers, and frozen parameters such as those
-    of an averaged teacher, are copied and put back, also where the layer set new ones. What a layer
-    keeps outside of tensors, such as a Python counter, is not.
+    BatchNorm is told not to track, and in training mode uses the statistics of the batch. The
+    buffers of other layers, and frozen parameters such as those of an averaged teacher, are copied
+    and put back, also where the layer set new ones. What a layer keeps outside of tensors, such as
+    a Python counter, is not.
     """
     tracking = {
         layer: layer.track_running_stats
@@ -117,7 +123,7 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
         if isinstance(layer, _BatchNorm)
     }
     kept = [
-        (tensors, name, tensor, tensor.clone())
+        (tensors, name, tensor, None if tensor is None else tensor.clone())
         for module in model.modules()
         for tensors in (module._buffers, module._parameters)
         for name, tensor in tensors.items()
@@ -132,15 +138,16 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracks
         with torch.no_grad():
             for tensors, name, tensor, value in kept:
-                if not overlaps(tensor):  # nothing can have written to such a view
+                # Nothing can have written to an expanded view.
+                if value is not None and not overlaps(tensor):
                     tensor.copy_(value)
                 tensors[name] = tensor
 
 
 def is_at_risk(module: nn.Module, name: str, tensor: Tensor | None) -> bool:
     """Whether a forward pass could change this parameter or buffer of a module."""
+    if name in module._buffers:  # None is one that the first batch sets
+        return not isinstance(module, _BatchNorm)
     if tensor is None or tensor.requires_grad:
         return False
-    if name in module._buffers:
-        return not isinstance(module, _BatchNorm)
     return name not in vars(module)  # a `Subspace` hides its parameters, nothing reaches them

@@ -1,13 +1,14 @@
 """The principal components of a trajectory, and what of them chance explains (DLDR: §3.2)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dldr.distributed import progress_bar
-from dldr.parameters import parameter_names, trainable
+from dldr.parameters import home_of_float64, parameter_names, trainable
 
 BLOCK = 2**24  # numbers of all snapshots together that are held in float64 at a time
 
@@ -43,7 +44,7 @@ def pca(
     if model is not None:
         names = list(trainable(model))
     snapshots, names = with_names(snapshots, names)
-    own = snapshots[0][names[0]].dtype
+    own = reduce(torch.promote_types, (snapshots[0][name].dtype for name in names))
     own = own if own.is_floating_point else torch.float64
     n = sum(snapshots[0][name].numel() for name in names)
     k, most = n_components, min(len(snapshots) - 1, n)
@@ -53,10 +54,8 @@ def pca(
     ratios = variances.clamp(min=0) / variances.sum()
     if isinstance(k, float):
         k = min(int(torch.searchsorted(ratios.cumsum(0), k, right=True)) + 1, most)
-    rounding = len(snapshots) * torch.finfo(torch.float64).eps * variances[0]
-    spanned = int((variances > rounding).sum())
-    if k > spanned:
-        raise ValueError(f"{k}, but the {len(snapshots)} snapshots span only {spanned} directions")
+    if k > (most := spanned(variances)):
+        raise ValueError(f"{k}, but the {len(snapshots)} snapshots span only {most} directions")
 
     weights = (vectors[:, :k] / variances[:k].sqrt()).T.contiguous()
     basis = torch.empty(k, n, dtype=dtype or own, device=device)
@@ -68,9 +67,10 @@ def pca(
         low, high = row.aminmax()
         if -low > high:
             row.neg_()
-    return basis, ratios[:k].to(torch.promote_types(own, torch.float32))
+    return basis, ratios[:k].to(torch.promote_types(own, torch.float32)).to(device)
 
 
+@torch.no_grad()
 def spectrum(snapshots: Any, names: Iterable[str] | None = None, device: Any = "cpu") -> Tensor:
     """The share of the variance of T snapshots in each principal component, (T − 1,), float64.
 
@@ -131,7 +131,8 @@ def orthonormalize(basis: Tensor) -> None:
     """
     factor = triangular_factor(basis)
     for block in basis.split(max(1, BLOCK // len(basis)), dim=1):
-        block.copy_(torch.linalg.solve_triangular(factor, block.double(), upper=False))
+        wide = block.to(factor.device, torch.float64)
+        block.copy_(torch.linalg.solve_triangular(factor, wide, upper=False))
 
 
 def triangular_factor(basis: Tensor) -> Tensor:
@@ -146,7 +147,8 @@ def product(basis: Tensor, other: Tensor) -> Tensor:
     """basis · otherᵀ (k, l) in float64, converted block by block."""
     width = max(1, BLOCK // len(basis))
     pairs = zip(basis.split(width, dim=1), other.split(width, dim=1), strict=True)
-    return sum(one.double() @ another.double().T for one, another in pairs)
+    wide = {"device": home_of_float64(basis.device), "dtype": torch.float64}
+    return sum(one.to(**wide) @ another.to(**wide).T for one, another in pairs)
 
 
 # --------------------------------------------------------------------- the Gram matrix, in blocks
@@ -172,7 +174,7 @@ def gram_matrices(
     T = len(snapshots)
     for name, _, block in centered_blocks(snapshots, names, device):
         if (layer := layer_of(name)) not in grams:
-            grams[layer] = torch.zeros(T, T, dtype=torch.float64, device=device)
+            grams[layer] = block.new_zeros(T, T)
         grams[layer].addmm_(block, block.T)
     if not all(gram.isfinite().all() for gram in grams.values()):
         for position, snapshot in enumerate(snapshots):
@@ -189,6 +191,12 @@ def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, vectors = torch.linalg.eigh(gram)  # the smallest first
     return values.flip(0), vectors.flip(1)
+
+
+def spanned(variances: Tensor) -> int:
+    """How many directions T snapshots span, up to rounding; the T eigenvalues are descending."""
+    rounding = len(variances) * torch.finfo(variances.dtype).eps * variances[0]
+    return int((variances > rounding).sum())
 
 
 def step_lengths(gram: Tensor) -> Tensor:
@@ -208,7 +216,7 @@ def centered_blocks(
     in one copy.
     """
     width = max(1, BLOCK // len(snapshots))
-    home = snapshots[0][names[0]].device
+    home, device = (home_of_float64(at) for at in (snapshots[0][names[0]].device, device))
     block = torch.empty(len(snapshots), width, dtype=torch.float64, device=home)
     sizes = [snapshots[0][name].numel() for name in names]
     start = 0

@@ -1,7 +1,7 @@
 """A network restricted to an affine subspace of its parameters (Li et al., TPAMI 2022, §3)."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -40,6 +40,7 @@ class Subspace(nn.Module):
         super().__init__()
         parameters = trainable(model)
         check_network(model)
+        uncover(model)  # what another subspace left there
         origin = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
         if basis.dim() != 2 or basis.shape[1] != len(origin):
             raise ValueError(
@@ -48,7 +49,7 @@ class Subspace(nn.Module):
         origin = origin.to(torch.promote_types(origin.dtype, torch.float32))
         self._parts = [(name, p.shape, p.dtype) for name, p in parameters.items()]
         self._places = list(places(model, parameters))
-        self._recurrent = [layer for layer in model.modules() if isinstance(layer, nn.RNNBase)]
+        self._recurrent = recurrent(model)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._inspected = False
         self.model = model.requires_grad_(False)
@@ -83,17 +84,19 @@ class Subspace(nn.Module):
         for name, module, attribute in self._places:
             # Not as a parameter: an attribute that hides it.
             object.__setattr__(module, attribute, values[name])
-        self._renew_lists()
+        renew_lists(self._recurrent)
         return values
 
     @torch.no_grad()
     def export(self) -> dict[str, Any]:
         """The state dict of the plain model at θ(z), a copy."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        first = {id(p): name for name, p in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        names = {name: first[id(p)] for name, p in every}
         values, state = self._named(self.vector()), {}
         for name, value in self.model.state_dict(keep_vars=True).items():
-            # A tied parameter is there under each of its names; an extra state may be no tensor.
-            value = values.get(names.get(id(value)), value)
+            # A tied parameter is there under each of its names; hooks may copy or rename one.
+            value = values.get(names.get(name, first.get(id(value))), value)
             state[name] = value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
         return state
 
@@ -103,7 +106,7 @@ class Subspace(nn.Module):
         parameters = dict(self.model.named_parameters())
         for name, value in self._named(self.vector()).items():
             parameters[name].copy_(value)
-        self._clear()
+        uncover(self.model)
         for parameter in self._trained:
             parameter.requires_grad_()
         return self.model
@@ -114,15 +117,6 @@ class Subspace(nn.Module):
         pairs = zip(self._parts, parts, strict=True)
         return {name: part.view(shape).to(dtype) for (name, shape, dtype), part in pairs}
 
-    def _clear(self) -> None:
-        for _, module, attribute in self._places:
-            vars(module).pop(attribute, None)
-        self._renew_lists()
-
-    def _renew_lists(self) -> None:
-        for layer in self._recurrent:  # it keeps its parameters in a list, too
-            layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
-
     # What nn.Module does, with P and θ(z) beside the parameters.
 
     def __getattr__(self, name: str) -> Any:
@@ -130,7 +124,8 @@ class Subspace(nn.Module):
             if name in (members := self.__dict__.get(kind, ())):
                 return members[name]
         model = self.__dict__.get("_modules", {}).get("model")
-        if model is None or not hasattr(model, name):
+        # Not its special methods: a __deepcopy__ of the model would copy the model alone.
+        if model is None or name.startswith("__") or not hasattr(model, name):
             raise AttributeError(f"neither Subspace nor its model has the attribute {name!r}")
         value = getattr(model, name)
         if callable(value):
@@ -138,7 +133,7 @@ class Subspace(nn.Module):
         return value
 
     def __getstate__(self) -> dict:
-        self._clear()  # θ(z) is no leaf of a graph, so it cannot be copied; z and P can
+        uncover(self.model)  # θ(z) is no leaf of a graph, so it cannot be copied; z and P can
         return self.__dict__.copy()
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -148,7 +143,7 @@ class Subspace(nn.Module):
             narrow = moved.dtype != torch.promote_types(moved.dtype, torch.float32)
             return value.to(moved.device, torch.float32) if narrow else moved
 
-        self._clear()
+        uncover(self.model)
         self.model._apply(function)
         super()._apply(at_least_float32, recurse=False)
         own = dict(self.model.named_parameters())
@@ -164,15 +159,16 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def get_extra_state(self) -> Tensor:
-        """P times one vector of normal random numbers (k,): another basis has another one."""
+        """Eighths of P, each times normal random numbers (k, 8): another basis has others."""
         random = torch.Generator().manual_seed(0)
         numbers = torch.randn(self.basis.shape[1], generator=random).to(self.basis.device)
-        blocks = zip(self.basis.split(BLOCK, dim=1), numbers.split(BLOCK), strict=True)
-        return sum(block.to(part.dtype) @ part for block, part in blocks).cpu()
+        parts = zip(numbers.tensor_split(8), self.basis.tensor_split(8, dim=1), strict=True)
+        return torch.stack([Projection.apply(*part) for part in parts], dim=1).cpu()
 
     def set_extra_state(self, state: Tensor) -> None:
         """ValueError unless the state dict was saved with the same basis, up to rounding."""
         own = self.get_extra_state()
+        own = own.sum(1) if state.dim() == 1 else own  # as it was kept before 2026-12
         if state.shape != own.shape or not torch.allclose(state.to(own), own, atol=0.05):
             raise ValueError("the state dict is that of a subspace with another basis")
 
@@ -245,6 +241,25 @@ def places(
                 yield name_of[id(parameter)], module, attribute
 
 
+def uncover(model: nn.Module) -> None:
+    """Take θ(z) away from where it hides the model's parameters."""
+    for module in model.modules():
+        for attribute in module._parameters:
+            vars(module).pop(attribute, None)
+    renew_lists(recurrent(model))
+
+
+def recurrent(model: nn.Module) -> list[nn.RNNBase]:
+    """The layers that keep their parameters in a list, too."""
+    return [layer for layer in model.modules() if isinstance(layer, nn.RNNBase)]
+
+
+def renew_lists(layers: Iterable[nn.RNNBase]) -> None:
+    """Fill the lists of recurrent layers with the parameters that they have now."""
+    for layer in layers:
+        layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+
+
 def check_network(model: nn.Module) -> None:
     """ValueError for a network that would not see θ(z), or that changes its own weights."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -285,6 +300,8 @@ def inspect_graph(values: dict[str, Tensor], outputs: Any) -> bool:
     Warns of parameters that the outputs do not depend on. Raises RuntimeError where torch's
     reentrant checkpointing would compute other gradients.
     """
+    if not any(value.requires_grad for value in values.values()):
+        return False
     leaves = torch.utils._pytree.tree_leaves(outputs)
     nodes = {leaf.grad_fn: None for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn}
     if not nodes:

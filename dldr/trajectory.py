@@ -160,6 +160,8 @@ def fitting(states: Mapping[str, Mapping], model: nn.Module) -> dict[str, Tensor
         if (filled := fill(without(prefix, state), wanted)) is not None
     }
     fits = {option: state for option, state in fits.items() if not option[1]} or fits
+    shared = {option: {n: state[n] for n in own if n in state} for option, state in fits.items()}
+    fits = {option: fits[option] for option in distinct(shared)}
     if not fits:
         first = next(iter(states.values()))
         raise ValueError(f"does not fit the network: {misfit(first, wanted)}")
@@ -276,6 +278,8 @@ def in_order(paths: Sequence[Path], listed: bool) -> list[Path]:
     Where none has a number that others have elsewhere, a list is taken as it is. Others than most
     are left out with a warning. Raises ValueError where it is not clear which these are.
     """
+    if not paths:
+        raise ValueError("no files")
     families = defaultdict(list)
     for path in dict.fromkeys(paths):
         families[re.sub(r"\d+", "#", str(path))].append(path)

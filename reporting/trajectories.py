@@ -144,12 +144,6 @@ def angles(gram: Tensor, first: int, k: int) -> Tensor:
     return torch.linalg.svdvals(cosines).clamp(max=1).acos().rad2deg()
 
 
-def spanned(gram: Tensor) -> int:
-    """How many directions a Gram matrix about the mean spans, up to rounding."""
-    variances, _ = principal_axes(gram)
-    return int((variances > len(gram) * torch.finfo(gram.dtype).eps * variances[0]).sum())
-
-
 # ------------------------------------------------------------------------------- tables, sentences
 
 

@@ -47,11 +47,11 @@ class Module(_DummyBackendModule):
 
     events: list[Event] | None = None
 
-    def get_rng_state(self) -> Tensor:
+    def get_rng_state(self, device: torch.device) -> Tensor:
         """Nothing: all random numbers are drawn by the CPU's generator."""
         return torch.empty(0)
 
-    def set_rng_state(self, state: Tensor) -> None:
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
         """Nothing to set."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:

@@ -4,6 +4,7 @@ Oracles: the same command on the CPU, whose numbers are to be equal to the bit, 
 was asked for, launch by launch.
 """
 
+import importlib
 import inspect
 import json
 import os
@@ -11,12 +12,14 @@ import shutil
 import signal
 from collections import Counter
 
+import accelerator
 import numpy as np
 import pytest
 import torch
 from accelerator import NAME, recorded
 from PIL import Image
 
+import dldr
 import dldr.parameters
 import dldr.pbfgs
 import models
@@ -30,6 +33,7 @@ import training.losses
 import training.network
 import training.setup
 import utils
+from dldr.pca import orthonormalize
 
 DEVICES = ("cpu", NAME)
 SCRIPTS = (train_sgd, train_psgd, train_pbfgs)
@@ -108,6 +112,30 @@ def test_the_numbers_are_those_of_the_cpu(script, options, places, tmp_path):
     assert {event.kind for event in events} == {"launch", "copy", "sync"}
     if (one / "basis.npz").exists():
         assert (one / "basis.npz").read_bytes() == (other / "basis.npz").read_bytes()
+
+
+def test_pca_numbers_on_a_device_without_float64(monkeypatch):
+    """As Apple's GPUs are. Oracle: the CPU's."""
+
+    def without_float64(value):
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+            raise TypeError("the device has no float64")
+        return to_device(value)
+
+    def results(snapshots, device):
+        basis, ratios = dldr.pca(snapshots, 3, device=device)
+        other, _ = dldr.pca(snapshots.flip(1), 2, device=device)
+        orthonormalize(other)
+        return basis, ratios, other, dldr.principal_angles(basis, other), dldr.spectrum(snapshots)
+
+    snapshots = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
+    expected = results(snapshots, "cpu")
+    to_device = accelerator.to_device
+    monkeypatch.setattr(accelerator, "to_device", without_float64)
+    pca_module = importlib.import_module("dldr.pca")  # dldr.pca is the function
+    monkeypatch.setattr(pca_module, "home_of_float64", lambda device: torch.device("cpu"))
+    for one, other in zip(expected, results(snapshots.to(NAME), NAME), strict=True):
+        assert torch.equal(one, other.cpu())
 
 
 def test_files_are_the_same_and_load_without_the_device(trajectory, tmp_path):

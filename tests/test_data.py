@@ -340,6 +340,13 @@ def test_val_serves_as_test(folder):
     assert data.test.images.shape == (4, 3, 32, 32)
 
 
+def test_one_class_is_refused(folder):
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part / "cat")
+    with pytest.raises(ValueError, match="one class; allowed: at least two"):
+        utils.load_data(arguments(datasets="ImageFolder", data_dir=folder))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_image_files_are_streamed(folder, workers):
     options = {"data_dir": folder, "image_size": 80, "workers": workers, "batch_size": 5}

@@ -130,6 +130,27 @@ def test_a_copy_made_after_a_forward_pass_is_the_same_network(copied):
     assert torch.equal(other(images), subspace.eval()(images))
 
 
+def test_a_copy_of_a_network_that_copies_itself_is_a_subspace():
+    """A traced network has a __deepcopy__ of its own."""
+    subspace = dldr.Subspace(torch.fx.symbolic_trace(nn.Linear(3, 2)), torch.eye(2, 8))
+    other, inputs = copy.deepcopy(subspace), torch.randn(4, 3)
+    other.coordinates.data += 1
+    assert type(other) is dldr.Subspace
+    assert not torch.equal(other(inputs), subspace(inputs))
+
+
+def test_a_second_subspace_of_a_network_begins_at_its_parameters():
+    """Oracle: the plain network. The first one has moved all parameters, the second has some."""
+    network, inputs = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)), torch.randn(5, 3)
+    plain = copy.deepcopy(network)
+    first = dldr.Subspace(network, torch.ones(1, dldr.flatten(network).numel()))
+    first.coordinates.data += 1
+    first(inputs)
+    network[1].requires_grad_(True)
+    second = dldr.Subspace(network, torch.eye(2, dldr.flatten(network).numel()))
+    assert torch.equal(second(inputs)[0], plain(inputs)[0])
+
+
 def test_a_compiled_subspace_has_the_same_gradient():
     """Oracle: the subspace that is not compiled; the whole forward pass is one graph."""
     torch.compiler.reset()  # what other tests compiled counts towards torch's limit
@@ -169,6 +190,19 @@ def test_a_state_dict_gives_the_same_network_or_an_error():
         assert torch.equal(other.state_dict()[name], before[name]), "nothing is loaded"
 
 
+def test_a_state_dict_tells_bases_apart_at_k_1():
+    """Of 300 random bases none is taken for another, but the sum of a sketch, as it was, is."""
+    network = nn.Linear(50, 9)
+    bases = torch.randn(300, 1, 459)
+    subspaces = [dldr.Subspace(network, basis / basis.norm()) for basis in bases]
+    sketches = [subspace.get_extra_state() for subspace in subspaces]
+    for sketch in sketches[1:]:
+        with pytest.raises(ValueError, match="another basis"):
+            subspaces[0].set_extra_state(sketch)
+    subspaces[0].set_extra_state(sketches[0])
+    subspaces[0].set_extra_state(sketches[0].sum(1))
+
+
 @pytest.mark.parametrize("convert", ["bfloat16", "half"])
 def test_coordinates_stay_in_float32(convert):
     subspace = make()
@@ -182,6 +216,20 @@ def test_coordinates_stay_in_float32(convert):
 
 def test_repr_shows_k_and_n():
     assert f"k=3, n={dldr.flatten(Net()).numel()}" in repr(make())
+
+
+def test_the_graph_is_looked_at_when_the_coordinates_train():
+    """With z frozen there is no graph to look at, and what follows is looked at all the same."""
+    subspace = dldr.Subspace(nn.Linear(3, 2), torch.eye(2, 8))
+    subspace.coordinates.requires_grad_(False)
+    inputs = torch.randn(4, 3, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subspace(inputs)
+    subspace.coordinates.requires_grad_()
+    subspace.model.register_forward_hook(lambda layer, args, output: 2 * args[0])
+    with pytest.warns(UserWarning, match="does not depend on weight, bias"):
+        subspace(inputs)
 
 
 def test_a_parameter_read_from_elsewhere_is_named():
@@ -276,6 +324,22 @@ def test_an_extra_state_that_is_no_tensor_is_exported():
     Counting(2, 2).load_state_dict(subspace.export())
 
 
+def test_state_dicts_that_are_copies_are_exported():
+    """Oracle: the forward pass."""
+
+    def hook(module, state, prefix, metadata):
+        for name in list(state):
+            state[name] = state[name].clone()
+
+    network, inputs = nn.Linear(3, 2), torch.randn(4, 3)
+    network._register_state_dict_hook(hook)
+    subspace = dldr.Subspace(network, torch.eye(2, 8))
+    subspace.coordinates.data += 1
+    plain = nn.Linear(3, 2)
+    plain.load_state_dict(subspace.export())
+    assert torch.equal(plain(inputs), subspace(inputs))
+
+
 def test_a_scripted_network_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -298,11 +362,13 @@ class Traces(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("ones", torch.ones(1).expand(3))
+        self.register_buffer("first", None)
         self.norm = nn.BatchNorm1d(3)
 
     def forward(self, inputs):
         self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0).detach()
         self.count += 1
+        self.first = inputs if self.first is None and self.count > 1 else self.first
         self.teacher.weight.data.mul_(0.9).add_(self.layer.weight.detach(), alpha=0.1)
         return self.norm(self.layer(inputs - self.mean) + self.teacher(inputs))
 
@@ -322,6 +388,7 @@ def test_a_trial_leaves_no_trace(wrapped):
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert network.mean is buffer
+    assert network.first is None
 
 
 def test_all_trials_of_a_step_draw_the_same_dropout():
@@ -362,6 +429,7 @@ def test_an_average_keeps_what_has_no_mean():
             "complex": torch.tensor([1 + 2j * i]),
             "count": torch.tensor(2**60 + i),
             "on": torch.tensor(i > 0),
+            "_extra_state": {"calls": i},
         }
         for i in range(3)
     ]
@@ -369,6 +437,7 @@ def test_an_average_keeps_what_has_no_mean():
     assert mean["complex"].tolist() == [1 + 2j]
     assert mean["count"] == 2**60 + 2
     assert mean["on"]
+    assert mean["_extra_state"] == {"calls": 2}
 
 
 def states(count=5):
@@ -414,6 +483,7 @@ def test_the_spectrum_is_that_of_the_exact_pca():
     """Oracle: scikit-learn's full solver."""
     vectors = torch.randn(9, 50, dtype=torch.float64).cumsum(0)
     expected = PCA(svd_solver="full").fit(vectors.numpy()).explained_variance_ratio_[:8]
+    vectors.requires_grad_()  # as those of torch.nn.utils.parameters_to_vector
     np.testing.assert_allclose(dldr.spectrum(vectors), expected, rtol=1e-6)
 
 

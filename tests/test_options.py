@@ -69,7 +69,7 @@ TYPES = {
     ),
     "basis": (
         options.basis,
-        {"PCA": "pca", "a/mine.npz": "a/mine.npz"},
+        {"PCA": "pca", "/a/mine.npz": "/a/mine.npz"},
         "pcb foo . mine.txt ''",
         "",
     ),
@@ -97,6 +97,12 @@ def test_near_misses_are_answered_with_the_nearest():
     for text, answer in (("CIFAR11", "did you mean CIFAR10"), ("cats", "allowed: digits, CIFAR10")):
         with pytest.raises(argparse.ArgumentTypeError, match=answer):
             options.one_of("dataset", options.DATASETS)(text)
+
+
+def test_a_file_is_the_same_from_another_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert options.basis("basis.npy") == f"{tmp_path}/basis.npy"
+    assert options.noise("labels.pt:worse") == f"{tmp_path}/labels.pt:worse"
 
 
 # Of options whose type has a range, a value that is out of it; to all others the text is empty.

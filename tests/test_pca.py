@@ -110,6 +110,16 @@ def test_what_the_samples_do_not_allow_is_refused():
             utils.pca(samples, k)
 
 
+def test_the_basis_has_the_widest_type_of_the_samples():
+    """Oracle: the same samples as vectors in that type."""
+    states = [{"a": torch.randn(4).bfloat16(), "b": torch.randn(30)} for _ in range(5)]
+    expected, _ = utils.pca([torch.cat([state["a"], state["b"]]) for state in states], 3)
+    assert expected.dtype == torch.float32
+    for names in (["a", "b"], ["b", "a"]):
+        basis, _ = utils.pca(states, 3, names=names)
+        assert torch.equal(basis, expected if names[0] == "a" else expected.roll(30, dims=1))
+
+
 def test_whole_numbers_are_samples_too():
     numbers = (100 * walk(6)).astype(int)
     for ours, oracle in zip(

@@ -13,6 +13,7 @@ import train_psgd
 import train_sgd
 import utils
 from dldr import PBFGS
+from dldr.pbfgs import with_same_draws
 from training.files import RunFiles
 from training.subspaces import random_basis
 
@@ -77,6 +78,19 @@ def test_trials_of_a_step_draw_the_same(draw):
     assert draw() not in draws
 
 
+def test_trials_draw_from_the_generator_of_their_own_gpu(monkeypatch):
+    """Which need not be the current one."""
+    asked = []
+
+    class Cuda:
+        get_rng_state = staticmethod(lambda device: asked.append(device))
+        set_rng_state = staticmethod(lambda state, device: asked.append(device))
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Cuda)
+    with_same_draws(lambda: torch.zeros(()), torch.device("cuda:1"))()
+    assert asked == [torch.device("cuda:1")] * 2
+
+
 # --------------------------------------------------------------------------------- label noise
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -121,7 +135,7 @@ def label_file(tmp_path):
         wrong = clean.clone()
         wrong[::20] = (wrong[::20] + 3) % 10
         if form == "npy":
-            np.save(tmp_path / "labels.npy", wrong.numpy().astype(np.uint8))
+            np.save(tmp_path / "labels.npy", wrong.numpy().astype(np.uint16))
         elif form == "pt":
             torch.save(wrong, tmp_path / "labels.pt")
         else:  # as CIFAR-10N has them

@@ -226,6 +226,13 @@ def test_a_key_or_the_network_chooses_of_several(net):
     assert same(read("1.pt", model=net), net.state_dict())
 
 
+def test_one_network_that_is_there_twice_is_taken_once(net):
+    """As in checkpoint.pt: as its state dict, and with the buffers that this leaves out."""
+    more = net.state_dict() | {"0.mask": torch.ones(3)}
+    torch.save({"state_dict": net.state_dict(), "states": {"model": more}}, "1.pt")
+    assert same(read("1.pt", model=net), net.state_dict())
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model._orig_mod.", "a.b."])
 def test_prefixes_are_dropped_by_name_or_to_fit_the_network(net, prefix):
     """Oracle: the network's state dict."""
@@ -364,6 +371,8 @@ def test_says_what_is_there_instead(folder):
     """One line for nothing, a folder of something else, and a broken index."""
     with pytest.raises(ValueError, match=r"^x/\*\.pt: there is no such file$"):
         files("x/*.pt")
+    with pytest.raises(ValueError, match=r"^no files$"):
+        files([])
     Path("run").mkdir()
     Path("run/log.txt").touch()
     with pytest.raises(ValueError, match=r"^run: no \.pt, .* in it; it holds log\.txt$"):

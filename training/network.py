@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import models
 from dldr.distributed import in_turn, on_rank0, print0
 from dldr.parameters import overlaps, trainable
+from dldr.reading import is_extra_state
 from dldr.subspace import check_modes
 from dldr.trajectory import fitting, load_state_dict, prefixes, without
 from training.errors import InputError, blame
@@ -179,11 +180,6 @@ def full_state(module: nn.Module) -> dict[str, Any]:
 def state_of(part: Any) -> dict[str, Any]:
     """What a checkpoint holds of a module or an optimizer."""
     return full_state(part) if isinstance(part, nn.Module) else part.state_dict()
-
-
-def is_extra_state(name: str) -> bool:
-    """Whether an entry of a state dict is what a module's `get_extra_state` returns."""
-    return name.rpartition(".")[2] == "_extra_state"
 
 
 def is_unset_buffer(module: nn.Module, name: str) -> bool:

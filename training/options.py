@@ -134,7 +134,7 @@ def sample_or_mean(text: str) -> int | str:
 def basis(text: str) -> str:
     """An argparse type: a kind of basis, or the file that holds one."""
     if Path(text).suffix in (".npy", ".npz"):
-        return str(path(text))
+        return str(path(text).absolute())
     return one_of("basis", BASES, " or a file, .npz or .npy")(text)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dldr.distributed import on_rank0, print0, world_size
-from dldr.parameters import average, flatten, trainable
+from dldr.parameters import average, flatten, home_of_float64, trainable
 from dldr.pca import check_components, gram_matrix, orthonormalize, pca, step_lengths
 from dldr.subspace import Subspace
 from dldr.trajectory import Snapshot, abbreviate, load_samples, load_snapshot, snapshot_numbers
@@ -201,8 +201,7 @@ def compute_basis(
     Raises ValueError where there is no such basis.
     """
     dtype, k = getattr(torch, args.basis_dtype), args.n_components
-    # Apple's GPUs have no float64, which the PCA needs.
-    device = "cpu" if args.device == "mps" else args.device
+    device = home_of_float64(args.device)  # the PCA's
     if args.basis == "schmidt":
         # The samples' Gram–Schmidt basis spans what all T − 1 components span. Training is the
         # same in either: SGD, and BFGS from the identity, are equivariant to rotations.
