@@ -225,7 +225,9 @@ def read_run(directory: Path, trajectory: Result | None = None) -> Result:
             "(runs on --samples have none)"
         )
     config = json.loads((directory / "config.json").read_text())
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [json.loads(line) for line in lines]
     kind = config["kind"]
     if trajectory is None and kind != "full":
         raise ValueError(f"a run on the snapshots of a save dir; give that one: {directory.parent}")

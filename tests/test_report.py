@@ -439,6 +439,15 @@ def test_a_trajectory_within_another_is_left_out(runs, sampled, warned, tmp_path
     assert line.startswith(f"{run / 'inner'}: a run of train_sgd.py inside of another")
 
 
+def test_a_trajectory_in_its_first_epoch_is_left_out(runs, warned, tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(runs / "two" / "config.json", begun)
+    table, (line,) = warned(runs / "one", begun)
+    assert all(row["seeds"] == [1] for row in table)
+    assert line == f"{begun}: no epoch is finished yet"
+
+
 def test_a_copy_is_no_second_seed(runs, warned, tmp_path):
     copy = shutil.copytree(runs / "one", tmp_path / "copy")
     table, (line,) = warned(runs / "one", copy)
