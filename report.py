@@ -59,7 +59,7 @@ def report_files(
     values = {"facts": tables.machine_text(machine), "spread": spread, "cost": tables.COST}
     values |= {"sections": sections, "images": analysis.TRAINING_IMAGES}
     exact = json.dumps({"machine": machine, "results": table})
-    rounded = json.loads(exact, parse_float=lambda number: round(float(number), 4))
+    rounded = json.loads(exact, parse_float=lambda number: float(f"{float(number):.6g}"))
     files["index.html"] = page.render("page.html.jinja", files, **values)
     files["report.md"] = markdown_page(sections, values["facts"]).encode()
     files["results.json"] = f"{json.dumps(rounded)}\n".encode()

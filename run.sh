@@ -27,7 +27,8 @@ $(experiments)
 settings, in front of the command: model=resnet32 c=0.4 seed="1 2" ./run.sh cifar
   c                  fraction of the training labels to corrupt, or several
   seed               random seed, or several
-  model              network: resnet20 (imagenet and finetune-imagenet: resnet18, tiny-imagenet: resnet32)
+  model              network: resnet20 (imagenet and finetune-imagenet: resnet18, tiny-imagenet: resnet32;
+                     finetune has its own)
   datasets           cifar*, finetune: CIFAR10, or CIFAR100, ImageFolder
   data_dir           where the images are, or are downloaded to: ../data
   weights            finetune: where the trained networks are: ../data/pretrained_models

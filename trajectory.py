@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def get_options() -> Parser:
 if __name__ == "__main__":
     answer_early(get_options())  # the imports take seconds
 
+import torch
 from torch import Tensor
 
 from dldr.parameters import parameter_names
@@ -118,6 +119,16 @@ def choose_names(args: argparse.Namespace, snapshot: Snapshot) -> list[str]:
     return chosen
 
 
+def count_moving(trajectories: Iterable[Sequence[Snapshot]], names: Iterable[str]) -> int:
+    """The number of parameters in tensors that change from start to end of a trajectory."""
+    ends = [(snapshots[0], snapshots[-1]) for snapshots in trajectories if snapshots]
+    return sum(
+        ends[0][0][name].numel()
+        for name in names
+        if not all(torch.equal(start[name], end[name]) for start, end in ends)
+    )
+
+
 def check_directories(args: argparse.Namespace) -> None:
     """InputError, before anything is read, where what is to be written cannot be."""
     for option, directory in (("--out", args.out), ("--export", args.export)):
@@ -138,9 +149,15 @@ def export(snapshots: Sequence[Snapshot], directory: Path) -> None:
 
 
 def describe(
-    args: argparse.Namespace, grams: Mapping[str, Tensor], sizes: Mapping[str, int], first: int
+    args: argparse.Namespace,
+    grams: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    first: int,
+    moving: int,
 ) -> tuple[dict[str, Any], list[page.Figure]]:
     """The numbers, and the figures, of the `first` snapshots in the Gram matrices, and of others.
+
+    `moving` is the number of parameters that move, which are not frozen.
 
     Raises ValueError for trajectories that are too short, or do not move.
     """
@@ -154,8 +171,8 @@ def describe(
         other = Trajectory(centered(gram[first:, first:]), n)
         columns |= {"compared": quantities(other), "walk of that": quantities(other.walk)}
         between = angles(gram, first, min(k, spanned(other.axes[0])))
-        figures.append(angles_figure(between, n))
-        numbers["sentences"].append(angles_sentence(between, n))
+        figures.append(angles_figure(between, moving))
+        numbers["sentences"].append(angles_sentence(between, moving))
         numbers["angles"] = between.tolist()
     if args.by_layer:
         layers = {layer: centered(gram[:first, :first]) for layer, gram in grams.items()}
@@ -200,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         sizes[layer_of(name)] += snapshots[0][name].numel()
     with blame():
         grams = measure([*snapshots, *compared], names, args.by_layer)
-        numbers, figures = describe(args, grams, sizes, len(snapshots))
+        moving = count_moving([snapshots, compared], names)
+        numbers, figures = describe(args, grams, sizes, len(snapshots), moving)
     if args.export:
         export(snapshots, args.export)
     with blame("--out"):

@@ -22,9 +22,12 @@ trained_on() {
     run train_sgd.py "${common[@]}" --pretrained "$origin/30.pt" --start-epoch 5 --lr "$2" --milestones 5 --epochs 8
 }
 
+noises=${c:-0}
 for number in ${seed:-1 2 3}; do
-    trained_on resnet20 0.005 "$number" "${c:-0}"
-    trained_on resnet20 0.05 "$number" "${c:-0}"
+    for noise in $noises; do
+        trained_on resnet20 0.005 "$number" "$noise"
+        trained_on resnet20 0.05 "$number" "$noise"
+    done
 done
 trained_on resnet20 0.02 1 0
 trained_on resnet20 0.02 1 0.2

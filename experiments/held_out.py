@@ -32,9 +32,9 @@ def accuracies(save_dir: Path) -> list[float]:
     classes = len(train.classes)
 
     def loader(which: np.ndarray, *training: int) -> utils.TensorLoader | utils.FileLoader:
-        labels = utils.corrupt_labels(train.labels[which], args.corrupt, classes, seed)
-        split = train._replace(images=train.images[which], labels=labels)
-        return utils.make_loader(split, args, *training)
+        part = train._replace(images=train.images[which], labels=train.labels[which])
+        part = part._replace(labels=utils.noisy_labels(args, part))
+        return utils.make_loader(part, args, *training)
 
     kept, left_out = utils.subset(len(train.labels), share, seed)
     data = utils.Data(loader(kept, args.batch_size, seed), loader(left_out), classes)

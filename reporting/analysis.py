@@ -155,7 +155,8 @@ def measure(
             if trajectory.arguments["pretrained"] and trajectory.start is not None:
                 before = pretrained(trajectory)
                 runs.append(before)
-                results.insert(results.index(trajectory), before)
+                if trajectory in results:  # else only one that goes on from it is reported
+                    results.insert(results.index(trajectory), before)
             for result in tqdm(runs, "training accuracy", disable=None, leave=False):
                 with skipping(problems, f"{result.directory}: training accuracy"):
                     if result.kind in ("subspace", "continued"):
@@ -168,7 +169,7 @@ def measure(
 def pretrained(trajectory: Result) -> Result:
     """The network that a trajectory started from, once its test accuracy has been measured."""
     row = {"epoch": 0, "seconds": 0.0, "test_acc": trajectory.start}
-    weights = trajectory.directory / "0.pt"
+    weights = trajectory.directory / f"{first_snapshot(trajectory)}.pt"
     return replace(
         trajectory,
         kind="pretrained",
@@ -197,8 +198,17 @@ def started_from(result: Result) -> range:
     if start is None:
         if result.kind == "subspace" and arguments["pretrained"]:
             return range(0)
-        start = arguments["params_start" if result.kind == "subspace" else "start_epoch"]
+        subspace = result.kind == "subspace"
+        start = arguments["params_start"] if subspace else first_snapshot(result)
     return range(start, start + 1)
+
+
+def first_snapshot(result: Result) -> int:
+    """The number of the snapshot that a run of train_sgd.py started from: that of --start-epoch."""
+    begun, epochs = result.arguments["start_epoch"], result.config.get("sample_epochs")
+    if not epochs:  # snapshots are those of the epochs
+        return begun
+    return next(number for number, epoch in enumerate(epochs) if epoch >= begun)
 
 
 # --------------------------------------------------------------------------------------- landscape

@@ -222,7 +222,7 @@ def variance_figure(
     caption = (
         f"Principal components of the snapshots{seed}, and what they would explain if the "
         "trajectory were a random walk with the same step lengths. A trajectory that is not above "
-        "the walk is no closer to a plane than chance."
+        "the walk is no more concentrated than chance."
     )
     numbers = {"explained": explained, "walk": walk, "k": used}
     return Figure(name, caption, partial(plots.variance, explained, walk, used), numbers)

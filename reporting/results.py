@@ -22,7 +22,7 @@ from training.records import EXPERIMENT, PREPROCESSING
 # What seeds of one experiment have to share, beside what the table shows.
 SETTINGS = ("lr", "momentum", "milestones", "schedule", "weight_decay", "batch_size", "half")
 SETTINGS += ("params_start", "params_end", "params_stride", "alpha", "gamma", "accumulate")
-SETTINGS += ("image_size", *PREPROCESSING)
+SETTINGS += ("optimizer", "basis_dtype", "image_size", *PREPROCESSING)
 CHANGES = (*SETTINGS, "epochs", "device")  # of these a resumed run's report says that they changed
 # Methods go by the name that their script recorded, except these.
 NAMES = {"average": "weight average", "pbfgs": "P-BFGS"}
@@ -37,7 +37,8 @@ class Experiment(NamedTuple):
     noise: float
 
     def __str__(self) -> str:
-        return f"{self.data}, {self.arch} (n = {self.n:,}), c = {self.noise:g}"
+        c = "" if "labels of " in self.data else f", c = {self.noise:g}"
+        return f"{self.data}, {self.arch} (n = {self.n:,}){c}"
 
 
 @dataclass(eq=False)
@@ -138,17 +139,23 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
         data += f", {100 * arguments['smalldatasets']:g} % of the training images"
     noise = Path(arguments.get("noise", "symmetric")).name  # earlier versions had no other
     if noise != "symmetric":
-        data += f", {noise} labels"
+        data += f", labels of {noise}" if "." in noise else f", {noise} labels"
     if arguments["pretrained"]:
         data += f", from pretrained weights at a learning rate of {arguments['lr']:g}"
     return Experiment(data, arguments["arch"], config["n"], float(arguments["corrupt"]))
 
 
 def seed_of(trajectory: Mapping[str, Any], arguments: Mapping[str, Any]) -> int | str:
-    """The seed of a run on a trajectory; "1/2" where it has --train-seed 2."""
-    seeds = (trajectory["randomseed"], trajectory["train_seed"], arguments["train_seed"])
-    distinct = list(dict.fromkeys(seed for seed in seeds if seed is not None))
-    return distinct[0] if len(distinct) == 1 else "/".join(map(str, distinct))
+    """The seed of a run on a trajectory; "1/2" where it has --train-seed 2.
+
+    "1/2/3" where the trajectory has --train-seed 2, and the run 3.
+    """
+    seed = trajectory["randomseed"]
+    trained = seed if trajectory["train_seed"] is None else trajectory["train_seed"]
+    own = trained if arguments["train_seed"] is None else arguments["train_seed"]
+    if trained == seed:
+        return seed if own == seed else f"{seed}/{own}"
+    return f"{seed}/{trained}/{own}"
 
 
 def method_of(config: Mapping[str, Any]) -> str:
@@ -328,7 +335,12 @@ def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
                 problems.append(f"{result.directory}: {problem}")
                 if result.kind == "full":
                     break
-    return [result for seeds in table.values() for result in seeds]
+    kept = [result for seeds in table.values() for result in seeds]
+    whole = {result.directory.resolve(): result for result in kept if result.kind == "full"}
+    for result in kept:
+        if result.kind == "continued":  # it has read its trajectory by itself
+            result.trajectory = whole.get(result.trajectory.directory.resolve(), result.trajectory)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------- grouping
@@ -336,10 +348,15 @@ def read(save_dirs: Iterable[Path], problems: list[str]) -> list[Result]:
 
 def row_key(result: Result) -> tuple:
     """What the seeds of a row of the table share. A k that is chosen by variance may differ."""
-    asked = result.arguments["n_components"]
-    k = asked if isinstance(asked, float) and result.arguments["basis"] == "pca" else result.k
     total = len(result.sampled) + result.epochs
-    return result.experiment, result.title, k, result.epochs, total
+    return result.experiment, result.title, asked_k(result), result.epochs, total
+
+
+def asked_k(result: Result) -> Any:
+    """k, or the fraction of the variance that it was chosen by."""
+    asked = result.arguments["n_components"]
+    chosen = isinstance(asked, float) and result.arguments["basis"] == "pca"
+    return asked if chosen else result.k
 
 
 def mismatch(result: Result, seeds: Iterable[Result]) -> str | None:
@@ -357,11 +374,13 @@ def mismatch(result: Result, seeds: Iterable[Result]) -> str | None:
 def one_per_name(results: Iterable[Result]) -> list[Result]:
     """A run of each method, variant and seed: in the method's directory, else the first.
 
-    A trajectory up to a snapshot is part of the whole one, and left out.
+    All seeds have the same k. A trajectory up to a snapshot is part of the whole one, and left out.
     """
     ordered = sorted(results, key=lambda r: (r.run or "", len(r.directory.name)))
     runs = grouped(ordered, lambda r: (r.trajectory.directory, r.seed, r.name))
-    return [alike[0] for alike in runs.values() if alike[0].kind != "partial"]
+    ones = [alike[0] for alike in runs.values() if alike[0].kind != "partial"]
+    k = {run.name: asked_k(run) for run in reversed(ones)}
+    return [run for run in ones if asked_k(run) == k[run.name]]
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list]:

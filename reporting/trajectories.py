@@ -30,6 +30,9 @@ DECISIVE = (
     "a random walk. The hypothesis holds for this network where the first reaches the accuracy of "
     "ordinary training, and the others with as many dimensions do not:"
 )
+# Drawn random walks differ from the expected one: the standard deviations are 3 % (effective
+# dimension) and 2 % (distance) in 1,000 dimensions, 1 % in 10,000 (measured on 30 equal steps).
+MARGIN = 0.05
 LAYER_COLUMNS = ("parameters", "% of the variance", "path length", "distance")
 LAYER_COLUMNS += ("effective dimension", "of the walk")
 WORDS = {
@@ -206,17 +209,21 @@ def conclusions(trajectory: Trajectory) -> list[str]:
     walk, ratio = trajectory.walk, trajectory.distance / trajectory.walk.distance
     count = trajectory.components(0.95)
     dimensions = f"{trajectory.dimension:.2f}, of the walk {walk.dimension:.2f}"
-    if trajectory.dimension < walk.dimension:
+    if trajectory.dimension < (1 - MARGIN) * walk.dimension:
         verdict = (
-            "it is closer to a plane than a walk. That few components explain much of its variance "
+            "it is more concentrated than a walk. That few components explain much of its variance "
             "is more than chance, but no evidence yet that training works in their span."
         )
     else:
+        less = trajectory.dimension > (1 + MARGIN) * walk.dimension
         verdict = (
-            "it is no closer to a plane than a walk. That few components explain much of its "
-            "variance is no evidence that training takes place in few dimensions."
+            f"it is {'less' if less else 'about as'} concentrated {'than' if less else 'as'} a "
+            "walk. That few components explain much of its variance is no evidence that training "
+            "takes place in few dimensions."
         )
     direction = "its steps turn back" if ratio < 1 else "its steps share a direction"
+    if abs(ratio - 1) < MARGIN:
+        direction = "about as far as by chance"
     return [
         f"95 % of the variance of the trajectory lies in {count} principal "
         f"component{'s' if count > 1 else ''}, of a random walk with the same step lengths in "
@@ -235,11 +242,12 @@ def random_angle(k: int, n: int) -> float:
 
 
 def angles_sentence(angles: Tensor, n: int) -> str:
-    """What the angles between two spans say."""
+    """What the angles between two spans say; n parameters move."""
     return (
         f"The spans of the first {len(angles)} principal components of both trajectories have "
         f"principal angles from {float(angles[0]):.1f}° to {float(angles[-1]):.1f}°; those of "
-        f"random subspaces are above about {random_angle(len(angles), n):.1f}°."
+        f"random subspaces of the {n:,} parameters that move are above about "
+        f"{random_angle(len(angles), n):.1f}°."
     )
 
 

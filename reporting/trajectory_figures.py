@@ -25,7 +25,7 @@ def figures_of(trajectory: Trajectory) -> Iterator[Figure]:
     yield Figure(
         "spectrum",
         "The variance along the principal components, one by one and added up. A trajectory whose "
-        "sum is not above the walk's is no closer to a plane than chance.",
+        "sum is not above the walk's is no more concentrated than chance.",
         partial(plots.variance, shares, expected, []),
         {"trajectory": shares, "walk": expected},
     )
@@ -56,7 +56,7 @@ def figures_of(trajectory: Trajectory) -> Iterator[Figure]:
 
 
 def angles_figure(angles: Tensor, n: int) -> Figure:
-    """The principal angles between the spans of two trajectories of n parameters."""
+    """The principal angles between the spans of two trajectories of n parameters that move."""
     random = random_angle(len(angles), n)
     return Figure(
         "angles",

@@ -3,16 +3,19 @@
 Oracles: config.json as it is written here, dldr on the snapshots themselves, a real browser.
 """
 
+import argparse
 import html
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import DIGITS
+from sklearn.datasets import load_digits
 
 import dldr
 import report
@@ -94,6 +97,74 @@ def test_training_that_goes_on_from_a_snapshot_between_epochs(tmp_path):
     assert (row["kind"], row["variant"]) == ("continued", {"start": 6})
     assert row["title"] == "SGD, from snapshot 6"
     assert (row["epochs"], row["total epochs"]) == (1, 3)
+
+
+def test_what_goes_on_from_another_is_measured_alone(tmp_path, monkeypatch):
+    """Oracle: the accuracy of the snapshot that it started from, 6.pt, which is its 3.pt."""
+    monkeypatch.chdir(tmp_path)
+    train_sgd.main([*DIGITS, "--save-dir", "run", "--epochs", "2", "--sample-every", "2"])
+    further = ["--pretrained", "run/6.pt", "--start-epoch", "2", "--epochs", "4"]
+    train_sgd.main([*DIGITS, "--save-dir", "more", *further, "--sample-every", "4"])
+    rewrite(tmp_path / "run/config.json", pretrained="elsewhere.pth")
+    start = train_sgd.main([*DIGITS, "--evaluate", "--pretrained", "run/6.pt"])
+    device = argparse.Namespace(device="cpu", data_dir=None, arch=None)
+    for save_dirs in (["more"], ["more", "run"], ["run", "more"], [tmp_path / "run", "more"]):
+        problems = []
+        found = results.read(map(Path, save_dirs), problems)
+        analysis.measure(found, device, problems)
+        assert not problems
+        (row,) = (result for result in found if result.kind == "continued")
+        assert row.start == start["test_acc"]
+        assert row.train[0] is not None
+        kinds = [result.kind for result in found if result.kind != "continued"]
+        assert kinds == (["pretrained", "full"] if len(save_dirs) > 1 else [])
+
+
+def test_training_seeds_have_names_of_their_own():
+    """Of --randomseed, the trajectory's --train-seed and the run's."""
+    names = {(1, 1, 1): 1, (1, None, None): 1, (1, 1, 2): "1/2", (1, 2, 2): "1/2/2"}
+    names |= {(1, 2, 1): "1/2/1", (1, 2, 3): "1/2/3"}
+    for (seed, trained, own), name in names.items():
+        trajectory = {"randomseed": seed, "train_seed": trained}
+        assert results.seed_of(trajectory, {"train_seed": own}) == name
+
+
+def test_figures_and_rows_do_not_mix_what_differs(run, tmp_path):
+    """Oracles: a second seed with another k, which is no second curve, or on Adam's trajectory."""
+    copy = shutil.copytree(run, tmp_path / "two")
+    for file in (copy / "config.json", *copy.glob("*/config.json")):
+        rewrite(file, randomseed=2, train_seed=2)
+    rewrite(copy / "psgd_random" / "config.json", k=4, n_components=4)
+    found = results.read([run, copy], [])
+    drawn = [result for result in results.one_per_name(found) if "random" in result.name]
+    assert [result.seed for result in drawn] == [1]
+    assert "P-SGD, random basis with k = 4" in figures.not_drawn(found)
+    rewrite(copy / "config.json", optimizer="adam")
+    problems = []
+    results.read([run, copy], problems)
+    assert any("optimizer of the trajectory is adam, but sgd" in line for line in problems)
+
+
+def test_numbers_keep_their_digits(run, tmp_path, undrawn):
+    copy = shutil.copytree(run, tmp_path / "run")
+    rewrite(copy / "psgd_random" / "config.json", lr=3e-5, weight_decay=1e-5)
+    report.main([str(copy), "--no-data", "--out", str(tmp_path / "out")])
+    held = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    (settings,) = (row["settings"] for row in held if row["title"] == "P-SGD, random basis")
+    assert (settings["lr"], settings["weight_decay"]) == (3e-5, 1e-5)
+
+
+def test_labels_of_a_file_have_their_columns(tmp_path, undrawn):
+    """Oracle: labels of which each fifth is wrong."""
+    clean = load_digits().target[np.random.default_rng(0).permutation(1797)[:1437]]
+    np.save(tmp_path / "human.npy", np.where(np.arange(1437) % 5 == 0, (clean + 1) % 10, clean))
+    options = ["--noise", str(tmp_path / "human.npy"), "--save-dir", str(tmp_path / "run")]
+    train_sgd.main([*DIGITS, "--epochs", "2", *options])
+    (row,) = report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    (section,) = tables.sections([row]).values()
+    assert "labels of human.npy" in section["title"]
+    assert "c = 0" not in section["title"]
+    assert {"correct labels", "wrong labels"} <= section["results"][0].keys()
 
 
 def test_a_run_on_other_samples_is_not_of_this_trajectory(run, tmp_path):

@@ -653,7 +653,7 @@ EARLY = [
     (train_sgd, "", "holds a run"),
     (train_sgd, "--resume --corrupt 0.1", "--corrupt: 0.1 here, 0.0 in"),
     (train_sgd, "--resume --optimizer adam", "--optimizer: adam here, sgd in"),
-    (train_sgd, "--overwrite --pretrained 3.pt", "--pretrained: 3.pt: there is no such file"),
+    (train_sgd, "--overwrite --pretrained 3.pt", "/3.pt: there is no such file"),
     (train_sgd, "--overwrite --arch nowhere:network", "No module"),
     (train_sgd, "--evaluate --save-dir nowhere", "nowhere/model.th: there is no such"),
     (train_sgd, "--average 0 8", "lacks the snapshots 7"),

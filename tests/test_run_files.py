@@ -123,6 +123,16 @@ def test_runs_of_several_k_may_begin_at_once(copy):
     assert not (copy / "psgd" / "config.json").exists()
 
 
+def test_a_second_run_of_the_same_k_is_refused(copy, refused):
+    """While another process holds psgd/, whose config.json has this k."""
+    argv = [*SUBSPACE, "--n_components", "3", "--save-dir", str(copy)]
+    train_psgd.main(argv)
+    for more in ([], ["--resume"], ["--overwrite"]):
+        with filelock.FileLock(copy / "psgd" / ".lock"):
+            assert "psgd is in use by another process" in refused(train_psgd.main, [*argv, *more])
+    assert not (copy / "psgd_k3").exists()
+
+
 def test_seeds_of_training_on_one_trajectory(copy):
     """Labels are those of --randomseed, the order another: the digest is equal, the loss not."""
     argv = [*SUBSPACE, "--n_components", "3", "--save-dir", str(copy)]

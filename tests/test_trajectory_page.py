@@ -82,6 +82,26 @@ def test_a_drawn_walk_is_as_its_walk():
     np.testing.assert_allclose(walk.distance, walk.walk.distance, rtol=0.02)
 
 
+def test_the_verdict_allows_for_chance():
+    """Oracle: how positions were drawn: as a walk, as one that turns back, along a line."""
+
+    def verdicts(positions):
+        return trajectories.conclusions(of(positions))[1:]
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        steps = torch.randn(30, 10_000)
+        dimension, distance = verdicts(steps.cumsum(0))
+        assert "it is about as concentrated as a walk" in dimension
+        assert distance.endswith("about as far as by chance.")
+    dimension, distance = verdicts(steps)
+    assert "it is less concentrated than a walk" in dimension
+    assert distance.endswith("its steps turn back.")
+    dimension, distance = verdicts((steps + 0.5).cumsum(0))
+    assert "it is more concentrated than a walk" in dimension
+    assert distance.endswith("its steps share a direction.")
+
+
 def test_angles_are_those_of_scipy(positions):
     """Oracle: subspace_angles of scikit-learn's components."""
     torch.manual_seed(1)
@@ -155,6 +175,19 @@ def test_names_and_comparison(saved):
     assert np.load("out/angles.npz")["angles"].shape == (7,)
     same = trajectory.main(["run", "--compare", "run", "--n_components", "4", "--out", "out"])
     np.testing.assert_allclose(same["angles"], 4 * [0], atol=1e-3)
+
+
+def test_frozen_parameters_do_not_make_angles_small(saved):
+    """Oracle: the sentence about the same files without what is frozen."""
+    command = ["run", "--compare", "other", "--n_components", "2", "--out", "out"]
+    alone = trajectory.main(command)["sentences"][-1]
+    for file in [*Path("run").iterdir(), *Path("other").iterdir()]:
+        net = torch.load(file)["net"]
+        first = next(iter(net))
+        net[first.replace("0.weight", "frozen.weight")] = torch.ones(1000)
+        torch.save({"net": net}, file)
+    assert trajectory.main(command)["sentences"][-1] == alone
+    assert "of the 45 parameters that move" in alone  # 6 × 5 + 5 and 2 × 5
 
 
 def test_export_is_a_save_dir(saved, refused):

@@ -276,6 +276,8 @@ def hold(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
             lock = filelock.FileLock(directory / ".lock", timeout=0, fallback_to_soft=False)
             stack.enter_context(lock)
         except filelock.Timeout:
+            if has_same_k(args, directory):
+                break
             continue
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -292,6 +294,14 @@ def directory_with_k(args: argparse.Namespace, directory: Path) -> Path:
         return directory
     end = f"_k{args.n_components}"
     return directory.with_name(directory.name.removesuffix(end) + end)
+
+
+def has_same_k(args: argparse.Namespace, directory: Path) -> bool:
+    """Whether the run in the directory is said to have the --n_components of this one."""
+    with contextlib.suppress(InputError, KeyError, OSError):
+        recorded = read_config(directory / "config.json")["arguments"]
+        return recorded["n_components"] == args.n_components
+    return False
 
 
 def checkpoint_file(args: argparse.Namespace) -> Path | None:

@@ -286,7 +286,7 @@ def add_network_options(parser: Parser, arch: str) -> None:
     )
     add(
         "--pretrained",
-        type=path,
+        type=lambda text: path(text).absolute(),
         nargs="?",
         const=True,
         metavar="PATH",
